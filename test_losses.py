@@ -1,0 +1,271 @@
+"""python -m pytest test_losses.py      (torch and pytest are all it needs)"""
+
+import math
+
+import pytest
+import torch
+
+from losses import head_kl, head_logits, head_topk, lsm_loss, opd_loss, tail_loss
+
+N, H, V = 37, 19, 203  # odd on purpose
+log = math.log
+
+
+def make(dtype=torch.float32, K=33, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(N, H, generator=g), 0.4 * torch.randn(V, H, generator=g)
+    bias, ids = torch.randn(V, generator=g), torch.randint(0, V - 10, (N, K), generator=g)
+    return *(x.to(dtype).requires_grad_() for x in (hidden, weight, bias)), ids
+
+
+def naive(hidden, weight, bias, temperature, vocab, dtype=torch.float64):
+    """Fresh leaves in dtype and the whole [N, V] matrix of log-probs and logits."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight, bias)]
+    return leaves, (leaves[0] @ leaves[1].T + leaves[2])[:, :vocab] / temperature
+
+
+def error(leaves, reference):
+    """Largest relative error (2-norm) of the leaves' gradients."""
+    return max(
+        float((a.grad.double() - b.grad.double()).norm() / b.grad.norm())
+        for a, b in zip(leaves, reference, strict=True)
+    )
+
+
+def loss_of(name, z, lse, logq, gates):
+    """A gated loss from head_logits' outputs; z [N, K], slot 0 the sampled token."""
+    if name == "opd":
+        return (
+            gates * opd_loss(z[:, 0] - lse, (z[:, 0] - lse).detach() + 0.1, logq[:, 0])[0]
+        ).sum()
+    if name == "tail_topk":
+        return (gates * tail_loss(z[:, :5] - lse[:, None], logq[:, :5] - 2)).sum()
+    if name == "unnormalised":
+        return (gates * lsm_loss(z, logq, lse=lse, renormalise=False)).sum()
+    return (gates * lsm_loss(z, logq, forward=name == "fkl_topk", lse=lse)).sum()
+
+
+@pytest.mark.parametrize("block", [64, V * 5, 10**6])
+@pytest.mark.parametrize(
+    "name, K", [("opd", 1), ("lsm", 33), ("fkl_topk", 33), ("tail_topk", 33), ("unnormalised", 33)]
+)
+@pytest.mark.parametrize("temperature, vocab", [(1.0, None), (0.7, V - 10)])
+def test_gradients_agree_with_float64(name, K, block, temperature, vocab):
+    """To 1e-6 relative in fp32; in bf16 no worse than the naive bf16 graph, plus its rounding of the result."""
+    g = torch.Generator().manual_seed(1)
+    gates, logq = torch.rand(N, generator=g), torch.randn(N, K, generator=g).log_softmax(-1)
+    for dtype in (torch.float32, torch.bfloat16):
+        *leaves, ids = make(dtype, K)
+        options = dict(temperature=temperature, vocab=vocab, block=block)
+        loss_of(name, *head_logits(*leaves[:2], ids, leaves[2], **options), logq, gates).backward()
+        errors = []
+        exact, logits = naive(*leaves, temperature, vocab)
+        loss_of(
+            name, logits.gather(1, ids), logits.logsumexp(1), logq.double(), gates.double()
+        ).backward()
+        if dtype == torch.float32:
+            assert error(leaves, exact) < 1e-6
+        else:
+            low, logits = naive(*leaves, temperature, vocab, torch.bfloat16)
+            loss_of(name, logits.gather(1, ids), logits.logsumexp(1), logq, gates).backward()
+            errors = error(leaves, exact), error(low, exact)
+            assert errors[0] <= min(errors[1] + 1e-3, 5e-3), errors
+
+
+def test_values_agree_with_float64():
+    *leaves, ids = make()
+    z, lse, entropy = head_logits(*leaves[:2], ids, leaves[2], block=500, entropy=True)
+    _, logits = naive(*leaves, 1.0, None)
+    logp = logits.log_softmax(1)
+    for ours, exact in (
+        (z, logits.gather(1, ids)),
+        (lse, logits.logsumexp(1)),
+        (entropy, -(logp.exp() * logp).sum(1)),
+    ):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=2e-6)
+    assert not entropy.requires_grad
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3])
+def test_any_upstream_gradient_per_position(temperature):
+    """Signs and sizes at will, at z and at lse, as gates, clips and advantages give them."""
+    *leaves, ids = make(K=5)
+    up_z, up_lse = torch.randn(N, 5), 3 * torch.randn(N)
+    z, lse = head_logits(*leaves[:2], ids, leaves[2], temperature=temperature, block=700)
+    ((z * up_z).sum() + (lse * up_lse).sum()).backward()
+    exact, logits = naive(*leaves, temperature, None)
+    ((logits.gather(1, ids) * up_z).sum() + (logits.logsumexp(1) * up_lse).sum()).backward()
+    assert error(leaves, exact) < 1e-6
+
+
+def test_lse_without_gradient_takes_the_sparse_path():
+    """A loss on z alone: same gradient, whether lse was computed or not, and no matmul over the vocabulary."""
+    for dtype in (torch.float32, torch.bfloat16):
+        *leaves, ids = make(dtype)
+        up = torch.randn(N, 33)
+        for lse in (True, False):
+            z, out = head_logits(*leaves[:2], ids, leaves[2], lse=lse)
+            assert (out is None) == (not lse)
+            grads = torch.autograd.grad((z * up).sum(), leaves)
+            if lse:
+                first = grads
+        assert all(
+            torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, grads, strict=True)
+        )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature, block", [(1.0, 10**6), (0.7, 4 * V * 5)])
+def test_full_vocabulary_divergences_agree_with_float64(beta, temperature, block):
+    *leaves, _ = make()
+    g = torch.Generator().manual_seed(2)
+    hidden_t, weight_t = torch.randn(N, 11, generator=g), torch.randn(V + 4, 11, generator=g)
+    gates = torch.rand(N, generator=g)
+    kl, lse = head_kl(
+        *leaves[:2], hidden_t, weight_t, leaves[2], beta=beta, temperature=temperature, block=block
+    )
+    (gates * kl).sum().backward()
+    exact, logits = naive(*leaves, temperature, None)
+    logq = ((hidden_t.double() @ weight_t.double().T)[:, :V] / temperature).log_softmax(1)
+    p, q, logp = logits.softmax(1), logq.exp(), logits.log_softmax(1)
+    m = (beta * q + (1 - beta) * p).log()
+    reference = {0.0: (q * (logq - logp)).sum(1), 1.0: (p * (logp - logq)).sum(1)}.get(
+        beta, (beta * q * (logq - m) + (1 - beta) * p * (logp - m)).sum(1)
+    )
+    (gates.double() * reference).sum().backward()
+    torch.testing.assert_close(kl.double(), reference, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(1))
+    assert error(leaves, exact) < 3e-6
+
+
+def test_topk_agrees_with_log_softmax():
+    hidden, weight, bias, ids = make()
+    top, logq, at_ids = head_topk(
+        hidden, weight, 7, bias, ids=ids, temperature=0.8, vocab=V - 5, block=3 * V
+    )
+    logp = ((hidden @ weight.T + bias)[:, : V - 5] / 0.8).log_softmax(1)
+    expected = logp.topk(7)
+    torch.testing.assert_close(logq, expected.values)
+    assert torch.equal(top, expected.indices) and not logq.requires_grad
+    torch.testing.assert_close(at_ids, logp.gather(1, ids))
+
+
+def test_no_positions_is_no_error():
+    """A rank without tokens runs the same code, and its gradients are zero."""
+    *leaves, ids = make()
+    for lse in (True, False):
+        z, out = head_logits(leaves[0][:0], leaves[1], ids[:0], leaves[2], lse=lse)
+        (z.sum() + (out.sum() if lse else 0)).backward()
+    kl, _ = head_kl(leaves[0][:0], leaves[1], leaves[0][:0].detach(), leaves[1].detach())
+    kl.sum().backward()
+    assert all((x.grad == 0).all() for x in leaves)
+    assert head_topk(leaves[0][:0], leaves[1], 3)[0].shape == (0, 3)
+
+
+# Hand-worked examples, three tokens: the student samples token 0 (invariant 7).
+P, Q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.3, 0.5])
+
+
+def test_opd_direction_by_hand():
+    """The teacher likes token 0 less than the student: A = log .2 - log .5 < 0, and a step down must lower its logit."""
+    z = P.log().requires_grad_()
+    logp = z.log_softmax(0)[0]
+    loss, info = opd_loss(logp, logp.detach(), Q.log()[0])
+    assert loss.item() == pytest.approx(-log(0.2 / 0.5), rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, z)
+    expected = -log(0.2 / 0.5) * torch.tensor([0.5, -0.3, -0.2])  # -A (onehot - p)
+    torch.testing.assert_close(grad, expected)
+    assert info["clipped"] == 0
+
+
+def test_opd_gradient_is_the_reverse_kl_gradient_in_expectation():
+    z = P.log().requires_grad_()
+    logp = z.log_softmax(0)
+    expected = (P * opd_loss(logp, logp.detach(), Q.log())[0]).sum()
+    (grad,) = torch.autograd.grad(expected, z)
+    logp = z.log_softmax(0)
+    (kl,) = torch.autograd.grad((logp.exp() * (logp - Q.log())).sum(), z)
+    torch.testing.assert_close(grad, kl)
+
+
+@pytest.mark.parametrize(
+    "ratio, advantage, options, loss, clipped",
+    [
+        (1.5, 1.0, {}, -1.2, 1), (1.5, 1.0, dict(clip_high=None), -1.5, 0),
+        (0.5, 1.0, {}, -0.5, 0), (0.5, -1.0, {}, 0.8, 1), (0.5, -1.0, dict(clip_low=None), 0.5, 0),
+        (5.0, -1.0, {}, 3.0, 1), (5.0, -1.0, dict(dual_clip=None), 5.0, 0), (2.0, -1.0, {}, 2.0, 0),
+    ],
+)  # fmt: skip
+def test_opd_clips_by_hand(ratio, advantage, options, loss, clipped):
+    """Each bound acts on its side alone, can be off, and stops the gradient where it acts."""
+    logp = torch.tensor(log(ratio), requires_grad=True)
+    got, info = opd_loss(logp, torch.tensor(0.0), torch.tensor(advantage), **options)
+    assert got.item() == pytest.approx(loss, rel=1e-5) and info["clipped"].item() == clipped
+    got.backward()
+    assert logp.grad.item() == pytest.approx(0 if clipped else -ratio * advantage, rel=1e-5)
+
+
+def test_lsm_by_hand():
+    """Reverse KL on the support {0, 1}, both sides renormalised: p = (5/8, 3/8), q = (2/5, 3/5)."""
+    z = P.log()[:2].requires_grad_()
+    loss = lsm_loss(z, Q.log()[:2])
+    expected = 5 / 8 * log((5 / 8) / (2 / 5)) + 3 / 8 * log((3 / 8) / (3 / 5))
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    (grad,) = torch.autograd.grad(loss, z)
+    assert grad[0] > 0 > grad[1]  # down on the token that the teacher likes less
+    forward = lsm_loss(z, Q.log()[:2], forward=True)
+    assert forward.item() == pytest.approx(
+        2 / 5 * log((2 / 5) / (5 / 8)) + 3 / 5 * log((3 / 5) / (3 / 8)), rel=1e-6
+    )
+    unnormalised = lsm_loss(z, Q.log()[:2], lse=torch.tensor(0.0), renormalise=False)
+    assert unnormalised.item() == pytest.approx(0.5 * log(0.5 / 0.2), rel=1e-6)
+    clamped = lsm_loss(z, Q.log()[:2], log_ratio_clamp=0.1)
+    assert clamped.item() == pytest.approx(5 / 8 * 0.1 - 3 / 8 * 0.1, rel=1e-6)
+
+
+def test_tail_by_hand():
+    """Two tokens and the rest: with three tokens in all, the tail loss is the full reverse KL."""
+    loss = tail_loss(P.log()[:2], Q.log()[:2])
+    assert loss.item() == pytest.approx(
+        sum(p * log(p / q) for p, q in zip(P.tolist(), Q.tolist(), strict=True)), rel=1e-5
+    )
+
+
+def test_lsm_does_not_need_the_normaliser():
+    z, logq = torch.randn(5, 8), torch.randn(5, 8)
+    torch.testing.assert_close(lsm_loss(z, logq), lsm_loss(z + 3, logq - 2))
+    assert (lsm_loss(z, z).abs() < 1e-6).all() and (lsm_loss(z, logq) > 0).all()
+
+
+def test_support_mask_leaves_slots_out():
+    z, logq = torch.randn(4, 6, requires_grad=True), torch.randn(4, 6)
+    support = torch.ones(4, 6).bool()
+    support[:, 0] = False
+    loss = lsm_loss(z, logq, support)
+    torch.testing.assert_close(loss, lsm_loss(z[:, 1:], logq[:, 1:]))
+    assert (torch.autograd.grad(loss.sum(), z)[0][:, 0] == 0).all()
+
+
+def test_renormalised_on_one_token_is_refused():
+    with pytest.raises(ValueError, match="K = 1"):
+        lsm_loss(torch.zeros(3, 1), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match="logsumexp"):
+        lsm_loss(torch.zeros(3, 4), torch.zeros(3, 4), renormalise=False)
+    with pytest.raises(ValueError, match="beta"):
+        head_kl(*[torch.zeros(2, 2)] * 4, beta=1.5)
+
+
+def test_extreme_log_probs_stay_finite():
+    inf = float("inf")
+    logp = torch.tensor([-inf, 0.0, -inf, -80.0, 0.0], requires_grad=True)
+    old = torch.tensor([-inf, -inf, 0.0, 0.0, -90.0])
+    for teacher in (old, torch.full((5,), -inf), torch.zeros(5)):
+        loss, _ = opd_loss(logp, old, teacher)
+        (grad,) = torch.autograd.grad(loss.sum(), logp)
+        assert loss.isfinite().all() and grad.isfinite().all()
+    z = torch.tensor([[60.0, -60.0, 0.0]], requires_grad=True)
+    loss = lsm_loss(z, torch.tensor([[-inf, 0.0, -inf]]))
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    assert loss.isfinite().all() and grad.isfinite().all()
+    tail = tail_loss(torch.tensor([0.0, -inf]), torch.tensor([-inf, 0.0]))
+    assert tail.isfinite()
