@@ -1,0 +1,192 @@
+"""Every setting of train.py and evaluate.py: one dataclass per command, the presets, the parser.
+
+A field is a flag: `lr` is `--lr`. Precedence: the default below < the preset < the command line.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Literal
+
+BENCHMARKS = "math500,aime24,aime25,amc23"  # the paper's four, in its order
+
+# TrainConfig's defaults are the paper's settings (section Settings); a preset is what differs.
+PRESETS = {
+    "tiny": dict(
+        student="toy", teacher="toy", data="toy", eval_data="toy", eval_problems=128, eval_every=15,
+        max_prompt=64, max_response=100, prompts=8, top_p=1.0, topk=16, block=16, span_min=8, span_max=32,
+        steps=30, minibatches=2, lr=6e-4, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, save_every=10,
+    ),
+    "qwen3": dict(
+        student="Qwen/Qwen3-1.7B-Base", teacher="Thinking-Space/Qwen3-4B-Base-GRPO", data="dapo",
+        eval_data="amc23", eval_every=50,
+    ),
+}  # fmt: skip
+
+
+def arg(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainConfig:
+    preset: Literal["", "tiny", "qwen3"] = arg(
+        "", "settings to start from; none: qwen3 where CUDA is there, else tiny"
+    )
+    # models and data
+    student: str = arg("toy", "model that learns: hub name, folder, or toy")
+    teacher: str = arg("toy", "model that scores: hub name, folder, or toy")
+    data: str = arg("toy", "training prompts: hub name, .jsonl or .parquet file, or toy")
+    template: str = arg(
+        "auto",
+        "auto: the tokenizer's chat template if it has one, else plain; chat; plain; raw; or a text with {question}",
+    )
+    max_prompt: int = arg(2048, "tokens; longer prompts are dropped and counted")
+    trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
+    # the gate (paper, Eq. 1)
+    gate: Literal["none", "token", "block", "span", "sequence"] = arg(
+        "block", "what one drift gate covers"
+    )
+    block: int = arg(64, "tokens in a block; for span, where a response has no newline")
+    tau: float = arg(1.0, "gate = exp(-tau |s|); 0: every gate is 1")
+    stat: Literal["mean", "absmean", "rms"] = arg(
+        "mean", "a segment's drift s; mean is the paper's, and signed"
+    )
+    span_min: int = arg(16, "tokens; shorter newline spans are merged with the next")
+    span_max: int = arg(128, "tokens; longer newline spans are cut evenly")
+    # the loss
+    loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg(
+        "opd", "position loss; see README"
+    )
+    clip: float = arg(0.2, "opd: ratio kept above 1 - clip; 0: off")
+    clip_high: float = arg(0.2, "opd: ratio kept below 1 + clip_high; 0: off")
+    dual_clip: float = arg(
+        3.0, "opd: loss at most dual_clip * -advantage where the advantage is negative; 0: off"
+    )
+    topk: int = arg(32, "lsm: size K of the teacher's support")
+    log_ratio_clamp: float = arg(0.0, "lsm: log-ratio kept within +- this, in nats; 0: off")
+    beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m)")
+    add_sampled: bool = arg(False, "lsm: the sampled token joins the support where it is outside")
+    renormalise: bool = arg(
+        True, "lsm: softmax both sides on the support; off: the true probabilities"
+    )
+    # rollouts
+    rollout: Literal["auto", "vllm", "hf"] = arg(
+        "auto", "sampler; auto: vllm where it can run, else hf"
+    )
+    prompts: int = arg(4, "prompts a step, all ranks together")
+    group: int = arg(8, "responses a prompt")
+    temperature: float = arg(1.0, "of sampling, and of every distribution in the loss")
+    top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
+    sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
+    max_response: int = arg(16384, "tokens")
+    vllm_memory: float = arg(0.4, "share of a GPU's memory that vLLM may take")
+    # optimisation
+    steps: int = arg(200, "rollout batches")
+    epochs: int = arg(2, "passes over each rollout batch")
+    minibatches: int = arg(1, "optimizer updates an epoch")
+    micro_tokens: int = arg(16384, "tokens in a micro-batch, padding counted")
+    lr: float = arg(2e-6, "AdamW, peak")
+    schedule: Literal["constant", "linear"] = arg(
+        "constant", "after warm-up; linear falls to lr / 10"
+    )
+    warmup: int = arg(0, "steps of linear warm-up")
+    beta2: float = arg(0.999, "AdamW")
+    weight_decay: float = arg(0.01, "AdamW")
+    grad_clip: float = arg(1.0, "largest gradient norm; 0: off")
+    grad_ckpt: bool = arg(False, "recompute activations in the backward pass")
+    diagnostics: bool = arg(
+        True, "log drift and support mass also where an ungated top-k loss does not need them"
+    )
+    # evaluation in the loop
+    eval_data: str = arg("toy", "held-out problems: names or files, comma-separated; empty: none")
+    eval_every: int = arg(50, "steps; also before the first and after the last; 0: never")
+    eval_problems: int = arg(0, "how many of each set; 0: all")
+    k: int = arg(8, "pass@k, from k responses a problem")
+    # the run
+    sample_every: int = arg(10, "print one sampled response every so many steps; 0: never")
+    save_every: int = arg(50, "steps between checkpoints; 0: only the last")
+    keep: int = arg(2, "newest checkpoints kept")
+    out: str = arg("", "folder of the run; default out/PRESET")
+    overwrite: bool = arg(False, "delete the run that --out holds and start again")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    log: Literal["none", "wandb", "tensorboard"] = arg("none", "also log there")
+    seed: int = arg(0, "of everything random")
+    device: str = arg("", "cpu or cuda; default cuda where it is")
+    threads: int = arg(0, "CPU threads; 0: torch's choice")
+
+
+def parse(cls, argv=None):
+    """The config from the command line (argv: a list for tests); one line and exit code 2 where it is wrong."""
+    from transformers import HfArgumentParser
+
+    prog = {TrainConfig: "train.py"}.get(cls, "evaluate.py")
+    usage = f"python {prog} [--flag value ...]     ({prog} --help: every flag)"
+    parser = HfArgumentParser(cls, prog=prog, usage=usage, allow_abbrev=False)
+    parser.error = lambda message: (print(f"{prog}: {message}", file=sys.stderr), sys.exit(2))
+    argv = sys.argv[1:] if argv is None else argv
+    cfg = parser.parse_args_into_dataclasses(argv)[0]
+    if cls is TrainConfig:
+        cfg.preset = cfg.preset or _default_preset()
+        parser.set_defaults(**PRESETS[cfg.preset])
+        cfg = parser.parse_args_into_dataclasses(["--preset", cfg.preset, *argv])[0]
+        cfg.out = cfg.out or f"out/{cfg.preset}"
+    for problem in problems(cfg):
+        parser.error(problem)
+    return cfg
+
+
+def _default_preset():
+    import torch
+
+    return "qwen3" if torch.cuda.is_available() else "tiny"
+
+
+def problems(cfg):
+    """Yields a line for each setting that cannot be, so that nothing loads first."""
+    low = dict(
+        block=1,
+        tau=0,
+        span_min=1,
+        prompts=1,
+        group=1,
+        max_prompt=1,
+        max_response=1,
+        steps=1,
+        epochs=1,
+    )
+    low |= dict(
+        minibatches=1,
+        micro_tokens=1,
+        clip=0,
+        clip_high=0,
+        dual_clip=0,
+        log_ratio_clamp=0,
+        sample_top_k=0,
+    )
+    low |= dict(
+        lr=0,
+        warmup=0,
+        weight_decay=0,
+        grad_clip=0,
+        eval_every=0,
+        eval_problems=0,
+        save_every=0,
+        keep=1,
+    )
+    low |= dict(k=1, n=0, threads=0, sample_every=0, limit=0, max_tokens=1)
+    for name, least in low.items():
+        if getattr(cfg, name, least) < least:
+            yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
+    if not 0 < cfg.top_p <= 1:
+        yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
+    if cfg.temperature <= 0:
+        yield f"--temperature is {cfg.temperature}; it must be above 0"
+    if isinstance(cfg, TrainConfig):
+        if cfg.topk < 2 and cfg.loss != "opd":
+            yield f"--topk is {cfg.topk}; it must be at least 2 (renormalised on one token, the loss is always 0)"
+        if cfg.span_max < cfg.span_min:
+            yield f"--span_max is {cfg.span_max}, below --span_min, {cfg.span_min}"
+        if cfg.minibatches > cfg.prompts * cfg.group:
+            yield f"--minibatches is {cfg.minibatches}, more than the {cfg.prompts * cfg.group} responses of a step"
+        if cfg.resume and cfg.overwrite:
+            yield "--resume and --overwrite exclude each other"

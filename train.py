@@ -1,0 +1,344 @@
+"""On-policy distillation with policy-drift gating: the loop of arXiv 2606.24084, in one file.
+
+    sample responses -> teacher scores them once -> epochs x minibatches of (loss, gate, step) -> log, eval, save
+
+Where the paper leaves room: old log-probs come from the trainer, never from the sampler, and the first
+minibatch's own forward pass gives them; gate and loss have one denominator over the whole minibatch, all
+micro-batches and ranks, which divides the summed gradient once.
+
+    python train.py                                        # tiny preset on a CPU, qwen3 on a GPU
+    python train.py --gate block --block 64
+    torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, one sampler a rank
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import checkpoint
+import data
+import evaluate
+import plot
+import rollout
+from configs import TrainConfig, parse
+from gating import drift, gate, gate_stats
+from policy import (
+    FULL_KL,
+    full_weights,
+    head_weights,
+    load_policy,
+    position_loss,
+    score,
+    teacher_targets,
+)
+
+# A sampler this far from the trainer (mean |log-prob| on sampled tokens, nats) holds other weights.
+OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
+
+
+def init_device(cfg):
+    """(rank, world, device). RANK shards the data, LOCAL_RANK picks the device and nothing else."""
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world > 1:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    return rank, world, torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
+
+
+def prepare(cfg):
+    """All that can be wrong before a model loads: the output folder, tokenizers, lengths, data. Raises ValueError, OSError."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    out = Path(cfg.out)
+    if (out / "config.json").exists() and not (cfg.resume or cfg.overwrite):
+        raise ValueError(
+            f"{out} already holds a run: --resume goes on with it, --overwrite deletes it, --out names another"
+        )
+    if cfg.resume and not checkpoint.latest(out):
+        raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    paths = {"teacher": cfg.teacher, "student": cfg.student}
+    if "toy" in paths.values():
+        import toy
+
+        folders = dict(zip(paths, toy.models(), strict=True))
+        paths = {role: folders[role] if path == "toy" else path for role, path in paths.items()}
+    code = dict(trust_remote_code=cfg.trust_remote_code)
+    tokenizers = {role: AutoTokenizer.from_pretrained(path, **code) for role, path in paths.items()}
+    vocab = data.shared_vocab(tokenizers["student"], tokenizers["teacher"])
+    for role, path in paths.items():
+        model = AutoConfig.from_pretrained(path, **code)
+        vocab = min(vocab, model.vocab_size)
+        context = getattr(model, "max_position_embeddings", None)
+        if context and cfg.max_prompt + cfg.max_response > context:
+            wanted = f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response}"
+            raise ValueError(f"{wanted} tokens do not fit the {role}'s context of {context}")
+    if cfg.topk > vocab:
+        raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
+    tokenizer = tokenizers["student"]
+    stream = data.PromptStream(
+        data.load(cfg.data, seed=cfg.seed, **code),
+        tokenizer,
+        cfg.template,
+        cfg.max_prompt,
+        cfg.seed,
+    )
+    names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
+    held_out = {name: data.load(name, limit=cfg.eval_problems, **code) for name in names}
+    return paths, tokenizer, vocab, stream, held_out
+
+
+def sample(sampler, jobs, cfg, rank, world):
+    """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
+    mine = jobs[rank::world]
+    kwargs = dict(
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.sample_top_k,
+        max_tokens=cfg.max_response,
+    )
+    parts = gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **kwargs))
+    return [parts[i % world][i // world] for i in range(len(jobs))]
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def update(policy, optimizer, batches, cfg, want_logp):
+    """One optimizer step on a minibatch: micro-batches add up sum(g * loss), and the gradient is divided by sum(g) once."""
+    sums, tracks = torch.zeros(2, device=batches[0].ids.device), []
+    for batch in batches:
+        logp, loss, info = position_loss(policy, batch, cfg, want_logp)
+        g = torch.ones_like(loss)
+        if logp is not None:
+            pair = batch.spread(logp.detach()), batch.spread(batch.old)
+            options = {
+                name: getattr(cfg, name)
+                for name in ("tau", "stat", "block", "span_min", "span_max")
+            }
+            g, s = gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **options)
+            g, s, d = (x[batch.mask] for x in (g, s, drift(*pair, batch.mask)))
+            info |= {"g": g, "s": s, "d": d}
+        weighted = (g * loss).sum()
+        weighted.backward()
+        sums += torch.stack([weighted.detach(), g.sum()])
+        tracks.append(info | {"where": batch.where})
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    params = [p for p in policy.parameters() if p.grad is not None]
+    for p in params:
+        p.grad /= sums[1].clamp(min=torch.finfo(torch.float32).tiny)
+    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return tracks, {
+        "loss": (sums[0] / sums[1]).item(),
+        "grad_norm": norm.item(),
+        "skipped": float(not norm.isfinite()),
+    }
+
+
+def learning_rate(cfg, step):
+    """Linear warm-up over cfg.warmup steps, then constant, or linear to a tenth at the last step."""
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    if cfg.schedule == "constant":
+        return cfg.lr
+    return cfg.lr * (1 - 0.9 * (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup))
+
+
+def summary(cfg, rollouts, batches, raw, updates, seconds):
+    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
+    tracks, scalars = zip(*updates, strict=True)
+    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
+    flat = {name: [track[name] for track in last] for name in last[0]}
+    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
+    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
+    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
+    flat = {
+        name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat
+    }
+    where, metrics = (
+        flat.pop("where"),
+        {name: sum(x[name] for x in scalars) / len(scalars) for name in scalars[0]},
+    )
+    if "g" in flat:
+        g, s, d = (flat.pop(name) for name in "gsd")
+        metrics |= {
+            f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()
+        }
+        twentieth = (where * 20).long().clamp(max=19)
+        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
+        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
+    if "out_of_step" in flat:
+        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
+        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
+    metrics |= {
+        name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()
+    }
+    tokens = sum(len(r.response) for r in rollouts)
+    metrics |= {"rollout/tokens": tokens, "rollout/length": tokens / len(rollouts)}
+    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
+    for phase, t in seconds.items():
+        metrics[f"time/{phase}"] = t
+        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
+    return metrics
+
+
+def main(cfg):
+    rank, world, device = init_device(cfg)
+    say = tqdm.write if rank == 0 else lambda *_: None
+    say(f"preset {cfg.preset}, {device}, {world} rank(s)")
+    try:
+        paths, tokenizer, vocab, stream, held_out = prepare(cfg)
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    out = Path(cfg.out)
+    if rank == 0:
+        if cfg.overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    say(json.dumps(asdict(cfg)))
+    first = data.encode(stream.problems[0], tokenizer, cfg.template)
+    say(f"a prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+
+    policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
+    teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    policy.teacher_head = head_weights(teacher) if cfg.loss in FULL_KL else None
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay
+    )
+    start = (
+        checkpoint.restore(checkpoint.latest(out), policy, optimizer, stream) if cfg.resume else 0
+    )
+    sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, say)
+    newline = torch.zeros(vocab, dtype=torch.bool).index_fill_(
+        0, data.newline_ids(tokenizer, vocab), True
+    )
+    log = checkpoint.make_logger(cfg, out, start) if rank == 0 else lambda _: None
+    want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
+
+    def run_eval(step):
+        sampler.sync(full_weights(policy))
+        metrics = {}
+        for name, problems in held_out.items():
+            found, _ = evaluate.evaluate(sampler, problems, tokenizer, cfg)
+            metrics |= {
+                f"eval/{key}" if len(held_out) == 1 else f"eval/{name}/{key}": x
+                for key, x in found.items()
+            }
+        say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in metrics.items()))
+        return metrics
+
+    if start == 0 and held_out:
+        log({"step": 0} | run_eval(0))
+
+    # ------------------------------------------------------------------------- the loop
+    bar = tqdm(
+        range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, unit="step"
+    )
+    for step in bar:
+        clock = {"start": now(device)}
+        drawn = [stream.next() for _ in range(cfg.prompts)]
+        jobs = [
+            (ids, rollout.seed_for(cfg.seed, step, p.id, i))
+            for p, ids in drawn
+            for i in range(cfg.group)
+        ]
+        sampler.sync(full_weights(policy))
+        rollouts = sample(sampler, jobs, cfg, rank, world)
+        clock["rollout"] = now(device)
+
+        minibatches = data.make_batches(rollouts, cfg, step, rank, world, newline, device)
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        for batch in batches:
+            batch.targets = teacher_targets(teacher, batch, cfg)
+        clock["teacher"] = now(device)
+
+        with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
+            for batch in batches[len(minibatches[0]) :] if want_logp else ():
+                batch.see(score(policy, batch, cfg.temperature))
+            raw = [
+                (batch, score(policy, batch, 1.0)) for batch in batches[:1] if cfg.temperature != 1
+            ]
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(cfg, step)
+        updates = []
+        for epoch in range(cfg.epochs):
+            if epoch > 0:
+                random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
+            updates += [
+                update(policy, optimizer, minibatch, cfg, want_logp) for minibatch in minibatches
+            ]
+        clock["update"] = now(device)
+
+        raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
+        names = list(clock)
+        seconds = {b: clock[b] - clock[a] for a, b in zip(names, names[1:], strict=False)}
+        metrics = {"step": step + 1, "lr": group["lr"]} | summary(
+            cfg, rollouts, batches, raw, updates, seconds
+        )
+        if metrics.get("rollout/out_of_step", 0) > OUT_OF_STEP[device.type]:
+            raise RuntimeError(
+                f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
+                f"{metrics['rollout/out_of_step']:.2g} nats on average, over {OUT_OF_STEP[device.type]:g}, at step {step + 1}"
+            )
+        last = step + 1 == cfg.steps
+        if held_out and (last or (step + 1) % cfg.eval_every == 0):
+            metrics |= run_eval(step + 1)
+        log(metrics)
+        bar.set_postfix(
+            {
+                name: f"{metrics[name]:.3g}"
+                for name in ("loss", "gap", "gate/ess")
+                if name in metrics
+            }
+        )
+        if cfg.sample_every and step % cfg.sample_every == 0:
+            say(
+                f"--- step {step + 1}, a response ({rollouts[0].finish}): {tokenizer.decode(rollouts[0].response)!r}"
+            )
+        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
+            checkpoint.save(out, step + 1, policy, optimizer, stream, cfg.keep)
+
+    checkpoint.save_model(out / "final", policy, tokenizer)
+    if rank == 0:
+        plot.draw(out)
+        say(
+            f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened"
+        )
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def now(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+if __name__ == "__main__":
+    main(parse(TrainConfig))
