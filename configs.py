@@ -115,6 +115,37 @@ class TrainConfig:
     threads: int = arg(0, "CPU threads; 0: torch's choice")
 
 
+@dataclass
+class EvalConfig:
+    model: str = arg("", "hub name, folder, toy or toy-teacher; default: the newest out/*/final")
+    data: str = arg("", "names or files, comma-separated; default: toy for the toy's models, else the paper's four")
+    template: str = arg("auto", "as in training: auto, chat, plain, raw, or a text with {question}")
+    limit: int = arg(0, "problems of each set; 0: all")
+    trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
+    k: int = arg(8, "pass@k")
+    n: int = arg(0, "responses a problem, at least k; 0: k. More make pass@k more exact")
+    # sampling
+    temperature: float = arg(1.0, "of sampling")
+    top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
+    sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
+    max_tokens: int = arg(16384, "tokens of a response; less where the model's context is shorter")
+    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
+    vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take")
+    batch: int = arg(1024, "responses of a rank between two writes to disk; hf samples them at once")
+    seed: int = arg(0, "of the samples")
+    device: str = arg("", "cpu or cuda; default cuda where it is")
+    threads: int = arg(0, "CPU threads; 0: torch's choice")
+    # results
+    out: str = arg("", "folder of the results; default out/eval/MODEL/DATA. What it holds is not sampled again")
+    overwrite: bool = arg(False, "delete what --out holds and start again")
+    paper: bool = arg(False, "print the paper's table beside ours")
+    regrade: str = arg("", "grade this samples.jsonl (or its folder) again; needs no model")
+    compare: list[str] = field(
+        default_factory=list,
+        metadata={"help": "folders of finished evaluations; the first is the baseline. NAME=A,B,C: seeds of one variant"},
+    )
+
+
 def parse(cls, argv=None):
     """The config from the command line (argv: a list for tests); one line and exit code 2 where it is wrong."""
     from transformers import HfArgumentParser

@@ -55,9 +55,9 @@ def load_policy(path, cfg, vocab, device, *, trainable):
 
 
 def shard(policy, device):
-    """FSDP2, block by block; gradients are summed over ranks, since the loss has one global denominator."""
+    """FSDP2, block by block. It averages gradients over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     half = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
@@ -65,9 +65,6 @@ def shard(policy, device):
     for layer in policy.lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-    for module in policy.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
 
 
 @torch.no_grad()

@@ -102,16 +102,15 @@ def prepare(cfg):
     return paths, tokenizer, vocab, stream, held_out
 
 
+def sampling(cfg):
+    names = dict(temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response")
+    return {name: getattr(cfg, field) for name, field in names.items()}
+
+
 def sample(sampler, jobs, cfg, rank, world):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    kwargs = dict(
-        temperature=cfg.temperature,
-        top_p=cfg.top_p,
-        top_k=cfg.sample_top_k,
-        max_tokens=cfg.max_response,
-    )
-    parts = gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **kwargs))
+    parts = gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
@@ -143,11 +142,13 @@ def update(policy, optimizer, batches, cfg, want_logp):
         weighted.backward()
         sums += torch.stack([weighted.detach(), g.sum()])
         tracks.append(info | {"where": batch.where})
+    scale = 1.0
     if dist.is_initialized():
         dist.all_reduce(sums)
+        scale = dist.get_world_size()  # FSDP has averaged over the ranks; the denominator is global
     params = [p for p in policy.parameters() if p.grad is not None]
     for p in params:
-        p.grad /= sums[1].clamp(min=torch.finfo(torch.float32).tiny)
+        p.grad *= scale / sums[1].clamp(min=torch.finfo(torch.float32).tiny)
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     if norm.isfinite():
@@ -245,7 +246,9 @@ def main(cfg):
         sampler.sync(full_weights(policy))
         metrics = {}
         for name, problems in held_out.items():
-            found, _ = evaluate.evaluate(sampler, problems, tokenizer, cfg)
+            found, _ = evaluate.evaluate(
+                sampler, tokenizer, problems, k=cfg.k, seed=cfg.seed, template=cfg.template, **sampling(cfg)
+            )
             metrics |= {
                 f"eval/{key}" if len(held_out) == 1 else f"eval/{name}/{key}": x
                 for key, x in found.items()
