@@ -131,7 +131,7 @@ class EvalConfig:
     max_tokens: int = arg(16384, "tokens of a response; less where the model's context is shorter")
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
     vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take")
-    batch: int = arg(1024, "responses of a rank between two writes to disk; hf samples them at once")
+    batch: int = arg(1024, "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster")
     seed: int = arg(0, "of the samples")
     device: str = arg("", "cpu or cuda; default cuda where it is")
     threads: int = arg(0, "CPU threads; 0: torch's choice")
@@ -155,12 +155,12 @@ def parse(cls, argv=None):
     parser = HfArgumentParser(cls, prog=prog, usage=usage, allow_abbrev=False)
     parser.error = lambda message: (print(f"{prog}: {message}", file=sys.stderr), sys.exit(2))
     argv = sys.argv[1:] if argv is None else argv
-    cfg = parser.parse_args_into_dataclasses(argv)[0]
+    cfg = cls(**vars(parser.parse_args(argv)))
     if cls is TrainConfig:
-        cfg.preset = cfg.preset or _default_preset()
-        parser.set_defaults(**PRESETS[cfg.preset])
-        cfg = parser.parse_args_into_dataclasses(["--preset", cfg.preset, *argv])[0]
-        cfg.out = cfg.out or f"out/{cfg.preset}"
+        preset = cfg.preset or _default_preset()
+        parser.set_defaults(**PRESETS[preset] | {"preset": preset})
+        cfg = cls(**vars(parser.parse_args(argv)))
+        cfg.out = cfg.out or f"out/{preset}"
     for problem in problems(cfg):
         parser.error(problem)
     return cfg
@@ -204,7 +204,7 @@ def problems(cfg):
         save_every=0,
         keep=1,
     )
-    low |= dict(k=1, n=0, threads=0, sample_every=0, limit=0, max_tokens=1)
+    low |= dict(k=1, n=0, threads=0, sample_every=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
         if getattr(cfg, name, least) < least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
@@ -212,7 +212,20 @@ def problems(cfg):
         yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
     if cfg.temperature <= 0:
         yield f"--temperature is {cfg.temperature}; it must be above 0"
+    if isinstance(cfg, EvalConfig):
+        if 0 < cfg.n < cfg.k:
+            yield f"--n {cfg.n} is less than --k {cfg.k}"
+        if "" in cfg.data.split(",") and cfg.data:
+            yield f"--data {cfg.data!r} has an empty name"
+        if len(cfg.compare) == 1:
+            yield "--compare needs two folders or more"
+        if bool(cfg.compare) + bool(cfg.regrade) + cfg.overwrite > 1:
+            yield "--compare, --regrade and --overwrite exclude each other"
+    if not 0 < cfg.vllm_memory <= 1:
+        yield f"--vllm_memory is {cfg.vllm_memory}; it must lie in (0, 1]"
     if isinstance(cfg, TrainConfig):
+        if not 0 <= cfg.beta <= 1:
+            yield f"--beta is {cfg.beta}; it must lie in [0, 1]"
         if cfg.topk < 2 and cfg.loss != "opd":
             yield f"--topk is {cfg.topk}; it must be at least 2 (renormalised on one token, the loss is always 0)"
         if cfg.span_max < cfg.span_min:

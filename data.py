@@ -64,6 +64,8 @@ def load(
     if suffix in (".jsonl", ".json", ".parquet"):
         if not Path(name).is_file():
             raise ValueError(f"no such file: {name}")
+        if Path(name).stat().st_size == 0:
+            raise ValueError(f"{name} is empty")
         kind = "parquet" if suffix == ".parquet" else "json"
         try:
             rows = (

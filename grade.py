@@ -26,14 +26,22 @@ from concurrent.futures import ThreadPoolExecutor
 LONGEST = 1000  # characters of an answer; MATH-500's longest gold has 53
 TAIL = 2000  # characters at the end of a response in which an answer without a box is looked for
 MEMORY = 2 << 30  # bytes of address space of a worker
-UNGRADABLE = ("no answer", "too long", "unparsable", "time limit", "crash")  # reasons without a verdict on the maths
+UNGRADABLE = (
+    "no answer",
+    "too long",
+    "unparsable",
+    "time limit",
+    "crash",
+)  # reasons without a verdict on the maths
 
 # -----------------------------------------------------------------------------
 # from a response to its answer
 
 TOKEN = re.compile(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)  # \\. steps over \{ and \}
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-SAID = re.compile(rf"answer(?:\s+is)?\s*:?\s*(?:\*\*)?\s*(\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER})", re.IGNORECASE)
+SAID = re.compile(
+    rf"answer(?:\s+is)?\s*:?\s*(?:\*\*)?\s*(\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER})", re.IGNORECASE
+)
 WRITTEN = re.compile(rf"\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER}")
 
 
@@ -61,8 +69,13 @@ def extract(text: str, finished: bool = True) -> str | None:
     return found[-1].strip() if found else None
 
 
-WRAPPED = re.compile(r"\s*(?:\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\))\s*", re.DOTALL)
-CHOICE = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-E]\)[\s~\\]*\}[\s~\\,;!]*(?=\S)")  # AMC: \textbf{(C)}\ 70
+WRAPPED = re.compile(
+    r"\s*(?:\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\))\s*",
+    re.DOTALL,
+)
+CHOICE = re.compile(
+    r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-E]\)[\s~\\]*\}[\s~\\,;!]*(?=\S)"
+)  # AMC: \textbf{(C)}\ 70
 THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,\\!|\{,\}|\\[,;: ]|~| )\d{3})+")
 ENDING = re.compile(r"(?:[\s.,;:~]|\\[,;:!\s]|\\$|\\q?quad)+$")
 INTEGER = re.compile(r"([-+]?)0*(\d+)(?:\.0*)?", re.ASCII)
@@ -91,11 +104,12 @@ def _balanced(text):
 
 def at_sight(answer: str, gold: str) -> tuple[bool, str] | None:
     """The verdict where it needs no algebra: the same text, two integers, or an answer of no sensible length."""
-    if answer == gold or clean(answer) == clean(gold):
-        return True, "equal"
     if len(answer) > LONGEST:
-        return False, "too long"
-    ours, theirs = INTEGER.fullmatch(clean(answer)), INTEGER.fullmatch(clean(gold))
+        return (True, "equal") if answer == gold else (False, "too long")
+    answer, gold = clean(answer), clean(gold)
+    if answer == gold:
+        return True, "equal"
+    ours, theirs = INTEGER.fullmatch(answer), INTEGER.fullmatch(gold)
     if ours and theirs:
         signed = [(m[1] == "-" and m[2] != "0", m[2]) for m in (ours, theirs)]
         return (True, "equal") if signed[0] == signed[1] else (False, "different")
@@ -115,7 +129,9 @@ def serve(seconds: int):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import LatexExtractionConfig, parse, verify
 
-    latex = [LatexExtractionConfig(boxed_match_priority=0)]  # no plain-text expressions: SymPy would eval those
+    latex = [
+        LatexExtractionConfig(boxed_match_priority=0)
+    ]  # no plain-text expressions: SymPy would eval those
 
     @functools.lru_cache(maxsize=4096)
     def parse_gold(gold):
@@ -158,7 +174,9 @@ class Grader:
     def grade(self, responses) -> list[tuple[str | None, bool, str]]:
         """[(answer or None, correct, reason)] for [(text, gold, finished)]; reason: equal, different, or of UNGRADABLE."""
         pairs = [(extract(text, finished), gold) for text, gold, finished in responses]
-        new = [pair for pair in dict.fromkeys(pairs) if pair[0] is not None and pair not in self.cache]
+        new = [
+            pair for pair in dict.fromkeys(pairs) if pair[0] is not None and pair not in self.cache
+        ]
         seen = {pair: at_sight(*pair) for pair in new}
         hard = [pair for pair in new if seen[pair] is None]
         with ThreadPoolExecutor(self.workers) as threads:
@@ -172,9 +190,13 @@ class Grader:
             command = [sys.executable, __file__, str(self.seconds)]
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.started.append(worker)
-        worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
+        worker.stdin.write(
+            json.dumps(pair).encode() + b"\n"
+        )  # ASCII: lone surrogates and NULs are escaped
         worker.stdin.flush()
-        ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)  # a process that only waits
+        ready, _, _ = select.select(
+            [worker.stdout], [], [], 60 + 10 * self.seconds
+        )  # a process that only waits
         reply = worker.stdout.readline() if ready else b""
         if reply.endswith(b"\n"):
             self.idle.put(worker)

@@ -97,6 +97,8 @@ def prepare(cfg):
         cfg.max_prompt,
         cfg.seed,
     )
+    stream.next()  # says where every prompt is too long
+    stream.position = stream.dropped = 0
     names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
     held_out = {name: data.load(name, limit=cfg.eval_problems, **code) for name in names}
     return paths, tokenizer, vocab, stream, held_out

@@ -1,0 +1,215 @@
+"""grade.py on surface forms, hostile answers and real problems. Run: python -m pytest test_grade.py"""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from grade import LONGEST, UNGRADABLE, Grader, clean, extract
+
+DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
+
+# ten ways to write an integer, and more
+FORMS = [
+    "70", "070", "70.", "70.0", "$70$", r"\text{70}", r"\textbf{70}", r"\mathbf{070}", r"70^\circ", r"70^{\circ}", r"x = 70",
+    r"m+n=70", r"70 \text{ degrees}", r"\$70", r"\(70\)", r"\boxed{70}", r"\frac{140}{2}", r"7 \times 10", r"\textbf{(C)}\ 70",
+    r"\textbf{(C) }70", "70,", r"70\ ", r"70~", r"\bf 70", "**70**", "+70", r"\left(70\right)", r"\displaystyle 70", "70 cm",
+]  # fmt: skip
+THOUSAND = [
+    "1024",
+    "1,024",
+    "1{,}024",
+    r"1\,024",
+    "1 024",
+    r"1,\!024",
+    "1024.00",
+    "01024",
+    "2^{10}",
+]
+WRONG = [
+    "-70",
+    "0.70",
+    "700",
+    "7",
+    "7 0",
+    r"\frac{70}{2}",
+    "70x",
+    "71",
+    "70, 71",
+    r"\text{seventy}",
+    "(70, 70)",
+]
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=2) as grader:
+        yield grader
+
+
+def grade(grader, answers, gold):
+    return grader.grade([(f"So it is \\boxed{{{answer}}}.", gold, True) for answer in answers])
+
+
+def problems(name):
+    if not (DATA / name).exists():
+        pytest.skip(f"needs {name} in ../shared/data, which does not come with the repository")
+    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
+
+
+def test_an_integer_in_any_usual_form_is_right_and_another_number_is_wrong(grader):
+    for forms, gold, expected in (
+        (FORMS, "70", True),
+        (THOUSAND, "1024", True),
+        (WRONG, "70", False),
+    ):
+        found = {
+            form: verdict[1]
+            for form, verdict in zip(forms, grade(grader, forms, gold), strict=True)
+        }
+        assert found == dict.fromkeys(forms, expected)
+
+
+def test_every_aime_and_amc_answer_is_right_in_every_form(grader):
+    rows = [row for name in ("aime24", "aime25", "amc23") for row in problems(f"{name}.jsonl")]
+    golds = [str(int(float(row["answer"]))) for row in rows]
+    forms = [
+        "0%s",
+        "%s.",
+        "%s.0",
+        "$%s$",
+        r"\text{%s}",
+        r"%s^\circ",
+        r"\textbf{%s}",
+        "x=%s",
+        r"\(%s\)",
+        r"%s\text{ units}",
+    ]
+    cases = [
+        (f"\\boxed{{{form % gold}}}", row["answer"], True)
+        for row, gold in zip(rows, golds, strict=True)
+        for form in forms
+    ]
+    wrong = [
+        case for case, verdict in zip(cases, grader.grade(cases), strict=True) if not verdict[1]
+    ]
+    assert not wrong
+
+
+def test_all_math500_solutions_are_right_and_the_next_problems_answer_is_wrong_unless_equal(grader):
+    rows = problems("math500.jsonl")
+    verdicts = grader.grade([(row["solution"], row["answer"], True) for row in rows])
+    assert sum(v[1] for v in verdicts) == 500
+    pairs = list(zip(rows, rows[1:] + rows[:1], strict=True))
+    verdicts = grader.grade([(row["solution"], other["answer"], True) for row, other in pairs])
+    equal = [(a["answer"], b["answer"]) for (a, b), v in zip(pairs, verdicts, strict=True) if v[1]]
+    assert equal == [("5", "x=5"), ("7", "7"), ("3", "3")]
+
+
+def test_math500_answers_are_equal_to_themselves_by_algebra_too(grader):
+    """The same text is right at sight, so this asks a worker directly."""
+    golds = [row["answer"] for row in problems("math500.jsonl")[:150]]
+    assert [gold for gold in golds if not grader._ask((gold, gold))[0]] == []
+
+
+def test_mathematically_equal_answers_are_right(grader):
+    equal = [
+        (r"\dfrac12", r"\frac{1}{2}"), ("0.5", r"\frac{1}{2}"), (r"\sqrt{2}/2", r"\frac{1}{\sqrt2}"), ("3,5,7", "7,5,3"),
+        (r"(3,\pi/2)", r"\left( 3, \frac{\pi}{2} \right)"), (r"x \in [-2,7]", "[-2,7]"), ("Evelyn", r"\text{Evelyn}"),
+        ("C", r"\text{(C)}"), ("(x+1)^2", "x^2+2x+1"),
+    ]  # fmt: skip
+    different = [
+        ("2k", "2k+2"),
+        ("1.4142", r"\sqrt{2}"),
+        ("(1,2)", "(2,1)"),
+        ("Ann", r"\text{Evelyn}"),
+        ("[0,1)", "[0,1]"),
+    ]
+    verdicts = grader.grade([(f"\\boxed{{{a}}}", gold, True) for a, gold in equal + different])
+    assert [v[1] for v in verdicts] == [True] * len(equal) + [False] * len(different)
+
+
+def test_the_last_complete_box_is_the_answer():
+    assert extract(r"\boxed{1} then \boxed{2}") == "2"
+    assert extract(r"\boxed{\frac{1}{\{2\}}}") == r"\frac{1}{\{2\}}"
+    assert extract(r"\boxed{5} and \boxed{cut off") == "5"
+    assert extract(r"\boxed{7}, in the form \boxed{}") == "7"
+    assert extract(r"} { \boxed{8} }") == "8"
+    assert extract(r"\fbox{9}") == "9"
+
+
+def test_without_a_box_the_stated_answer_counts_only_if_the_response_ended():
+    for text in (
+        "The answer is 70.",
+        "The answer is $70$.\nDone.",
+        "**Answer:** 70",
+        "so we get x = 70.",
+        r"Answer: \(70\)",
+    ):
+        assert clean(extract(text)) == "70", text
+        assert extract(text, finished=False) is None
+    assert extract(r"\boxed{70} but wait", finished=False) == "70"
+    assert extract("I do not know.") is None
+    assert extract("") is None
+
+
+HOSTILE = {
+    "tower": "10^{10^{10}}", "power": "(1+x+y+z)^{200}",
+    "long": "1" * 100_000, "long sum": "1+" * 50_000 + "1", "deep": "{" * 450 + "1" + "}" * 450, "deeper": "(" * 50_000 + ")" * 50_000,
+    "NUL": "7\x000", "surrogate": "\ud800 70", "python": "__import__('os').system('touch pwned')", "lambda": "(lambda: 1)()",
+    "backslashes": "\\\\" * 400, "dollars": "$" * 999, "percent": "%" * 300, "spaces": " " * 50_000 + "1", "emoji": "\U0001f600" * 99,
+    "division": r"\frac{1}{0}", "newlines": "\n" * 500, "wrapped": r"\text{" * 150 + "1" + "}" * 150, "control": "\x1b[2J\r\b",
+}  # fmt: skip
+BARE = [
+    "\\boxed{" * 100_000,
+    "{" * 100_000,
+    "}" * 100_000,
+    "\\" * 100_000,
+    r"\boxed" + " " * 100_000,
+    "answer is " * 50_000,
+    "\x00" * 1000,
+]
+
+
+def test_hostile_answers_are_wrong_within_a_bound_and_the_grader_lives_on(tmp_path, monkeypatch):
+    """An answer costs at most its CPU limit, one second of rounding, and a new worker's start."""
+    monkeypatch.chdir(tmp_path)
+    with Grader(workers=1, seconds=1) as grader:
+        for name, answer in HOSTILE.items():
+            start = time.perf_counter()
+            (_, correct, reason), *_ = grade(grader, [answer], r"\frac{70}{3}")
+            assert not correct and reason in (*UNGRADABLE, "different"), name
+            assert time.perf_counter() - start < 10, name  # 3 s on an idle machine
+        start = time.perf_counter()
+        assert not any(v[1] for v in grader.grade([(text, "70", True) for text in BARE]))
+        assert time.perf_counter() - start < 10
+        assert grade(grader, [r"\frac{140}{6}"], r"\frac{70}{3}")[0][1]
+    assert not list(tmp_path.iterdir())  # nothing was run
+
+
+def test_a_slow_answer_is_a_time_limit_and_a_long_one_too_long():
+    with Grader(workers=1, seconds=1) as grader:
+        verdicts = grade(grader, ["10^{10^{10}}", "1" * (LONGEST + 1)], "70")
+    assert [v[2] for v in verdicts] == ["time limit", "too long"]
+
+
+def test_a_verdict_does_not_depend_on_what_was_graded_before():
+    random.seed(0)
+    cases = [(f"\\boxed{{{a}}}", "70", True) for a in [*FORMS, *WRONG, r"\frac{1}{0}", "2^{x^y}"]]
+    with Grader(workers=1) as one, Grader(workers=2) as two:
+        expected = dict(zip(cases, one.grade(cases), strict=True))
+        shuffled = random.sample(cases, len(cases))
+        assert [expected[case] for case in shuffled] == two.grade(shuffled)
+
+
+def test_a_thousand_ordinary_answers_grade_in_seconds(grader):
+    random.seed(0)
+    cases = [
+        (f"\\boxed{{\\frac{{{random.randrange(1, 999)}}}{{{i + 2}}}}}", r"\frac{3}{4}", True)
+        for i in range(1000)
+    ]
+    start = time.perf_counter()
+    grader.grade(cases)
+    assert time.perf_counter() - start < 20  # 2 s on an idle machine

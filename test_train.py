@@ -1,0 +1,308 @@
+"""python -m pytest test_train.py      (tiny random models, CPU; the two-rank tests take most of the time)"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import data
+import policy
+import rollout
+import toy
+import train
+from configs import TrainConfig, parse
+
+HERE = Path(__file__).parent
+ENV = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory):
+    """Folders of a random teacher and a random student with the toy's tokenizer."""
+    root = tmp_path_factory.mktemp("pair")
+    torch.set_num_threads(1)
+    for role, hidden, heads in (("teacher", 64, 2), ("student", 32, 2)):
+        lm = toy.model(hidden, heads, seed=len(role))
+        lm.model.embed_tokens.weight.data *= 4  # far enough from uniform to disagree
+        lm.save_pretrained(root / role)
+        toy.tokenizer().save_pretrained(root / role)
+    return str(root / "teacher"), str(root / "student")
+
+
+def flags(pair, out, **options):
+    """A short run's command line; options override."""
+    values = dict(preset="tiny", teacher=pair[0], student=pair[1], out=out, steps=2, prompts=3, group=2, max_response=24)
+    values |= dict(eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4) | options
+    return [x for name, value in values.items() for x in (f"--{name}", str(value))]
+
+
+def run(pair, out, **options):
+    train.main(parse(TrainConfig, flags(pair, out, **options)))
+    return metrics(out), load_file(Path(out) / "final" / "model.safetensors")
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def far(a, b):
+    """Largest relative difference of two state dicts' tensors."""
+    return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
+
+
+@pytest.fixture
+def scene(pair):
+    """make(**options) -> (policy, teacher, micro-batches with targets, config): rollouts of ragged lengths."""
+    tokenizer = AutoTokenizer.from_pretrained(pair[1])
+    newline = torch.zeros(42, dtype=torch.bool).index_fill_(0, data.newline_ids(tokenizer, 42), True)
+    g = torch.Generator().manual_seed(0)
+    rollouts = []
+    for n in (1, 3, 30, 17, 24, 2, 9):
+        tokens = torch.randint(4, 42, (n,), generator=g)
+        tokens[torch.rand(n, generator=g) < 0.25] = toy.ID["\n"]
+        rollouts.append(rollout.Rollout([1, 5, 6, 7][: 1 + n % 4], tokens.tolist(), [-1.0] * n, "stop"))
+
+    def make(**options):
+        cfg = parse(TrainConfig, flags(pair, "unused", **options))
+        student, teacher = (
+            policy.load_policy(path, cfg, 42, torch.device("cpu"), trainable=path == pair[1]) for path in pair[::-1]
+        )
+        minibatches = data.make_batches(rollouts, cfg, 0, 0, 1, newline, "cpu")
+        for batch in (b for batches in minibatches for b in batches):
+            batch.targets = policy.teacher_targets(teacher, batch, cfg)
+        student.teacher_head = policy.head_weights(teacher)
+        return student, teacher, minibatches, cfg
+
+    return make
+
+
+def two_updates(make, **options):
+    """Parameters after two plain SGD updates on one minibatch: the second one sees drift. And its tracks."""
+    student, _, (batches,), cfg = make(minibatches=1, grad_clip=0, **options)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.2)
+    want_logp = cfg.loss == "opd" or cfg.gate != "none"
+    first = train.update(student, sgd, batches, cfg, want_logp)
+    second = train.update(student, sgd, batches, cfg, want_logp)
+    return {name: p.detach() for name, p in student.lm.named_parameters()}, first, second
+
+
+# -----------------------------------------------------------------------------
+# the invariants of the method
+
+
+@pytest.mark.parametrize("loss", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize("gate", ["none", "token", "block", "span", "sequence"])
+def test_micro_batches_do_not_change_the_update(scene, loss, gate):
+    """Invariant 2: one denominator, however the minibatch is split."""
+    options = dict(loss=loss, gate=gate, span_min=2, span_max=6)
+    whole, *_ = two_updates(scene, micro_tokens=10**6, **options)
+    split, *_ = two_updates(scene, micro_tokens=20, **options)
+    assert far(split, whole) < 1e-5
+
+
+def test_first_pass_has_gates_of_exactly_one_and_the_base_loss(scene):
+    """Invariant 1 through the whole update, and 5: its own log-probs are the old ones."""
+    base, *_ = two_updates(scene, gate="none", tau=0)
+    gated, first, second = two_updates(scene, gate="block")
+    assert all((track["g"] == 1).all() for track in first[0])
+    assert any((track["g"] < 1).any() for track in second[0])
+    assert far(gated, base) > 0
+    zero, *_ = two_updates(scene, gate="block", tau=0)
+    assert far(zero, base) == 0
+
+
+def test_scoring_pass_is_the_training_pass_bit_for_bit(scene):
+    """Invariant 5: old log-probs come from the code path of the current ones."""
+    for loss in ("opd", "lsm", "rkl"):
+        student, _, minibatches, cfg = scene(loss=loss)
+        for batch in minibatches[1]:
+            with torch.no_grad():
+                old = policy.score(student, batch, 1.0)
+            logp, *_ = policy.position_loss(student, batch, cfg)
+            torch.testing.assert_close(logp.detach(), old, rtol=0, atol=0 if loss == "opd" else 1e-5)
+
+
+def test_responses_are_scored_where_they_stand(scene):
+    """Right padding and packing against one plain forward pass a response."""
+    student, _, minibatches, _ = scene(micro_tokens=60)
+    for batch in (b for batches in minibatches for b in batches):
+        logp = batch.spread(policy.score(student, batch, 0.8).detach())
+        for b, ids in enumerate(batch.ids):
+            n, last = int(batch.mask[b].sum()), int(batch.cols[batch.rows == b].max()) + 1
+            full = (student.lm(ids[None, : last + 1]).logits[0] / 0.8).log_softmax(-1)
+            at = torch.arange(last - n, last)
+            torch.testing.assert_close(logp[b, :n], full[at, ids[at + 1]], rtol=1e-4, atol=1e-5)
+
+
+SWITCHES = [
+    ("loss", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"], {}),
+    ("gate", ["none", "token", "block", "span", "sequence"], dict(span_min=2, span_max=6)),
+    ("stat", ["mean", "absmean", "rms"], {}), ("tau", [0.5, 1, 2], {}), ("block", [2, 4, 8], {}),
+    ("span_min", [2, 4], dict(gate="span", span_max=9)), ("span_max", [3, 9], dict(gate="span", span_min=2)),
+    ("clip", [0, 0.01], {}), ("clip_high", [0, 0.01], {}), ("dual_clip", [0, 0.5], dict(clip=0)),
+    ("topk", [3, 4], dict(loss="lsm")), ("log_ratio_clamp", [0, 0.1], dict(loss="lsm")),
+    ("add_sampled", [False, True], dict(loss="lsm")), ("renormalise", [True, False], dict(loss="lsm")),
+    ("beta", [0.1, 0.9], dict(loss="jsd")), ("temperature", [0.7, 1.0], {}),
+    ("temperature", [0.7, 1.0], dict(loss="lsm")), ("temperature", [0.7, 1.0], dict(loss="rkl")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, values, options", SWITCHES, ids=[f"{s[0]}-{s[2].get('loss', '')}" for s in SWITCHES])
+def test_every_switch_does_something(scene, name, values, options):
+    """Invariant 8: any two values of a switch give different updates."""
+    results = [two_updates(scene, **options | {name: value})[0] for value in values]
+    for i, a in enumerate(results):
+        assert all(far(a, b) > 0 for b in results[:i]), f"--{name} does nothing"
+
+
+def test_jsd_has_the_two_kl_as_limits(scene):
+    for beta, loss in ((0.0, "fkl"), (1.0, "rkl")):
+        limit, *_ = two_updates(scene, loss="jsd", beta=beta)
+        assert far(limit, two_updates(scene, loss=loss)[0]) == 0
+
+
+def test_teacher_runs_once_for_a_rollout_batch(pair, tmp_path, monkeypatch):
+    """Invariant 6: whatever the number of epochs."""
+    calls = []
+    targets = train.teacher_targets
+    monkeypatch.setattr(train, "teacher_targets", lambda *a: calls.append(1) or targets(*a))
+    run(pair, tmp_path / "a", epochs=4, minibatches=1, micro_tokens=10**6)
+    assert len(calls) == 2  # steps
+
+
+def test_updates_lower_the_loss(pair, tmp_path):
+    rows, _ = run(pair, tmp_path / "a", steps=12, loss="lsm", topk=16, lr=3e-3, prompts=8, group=8, schedule="constant")
+    print([row["gap"] for row in rows])
+    gap = [row["gap"] for row in rows]
+    assert sum(gap[-3:]) < 0.7 * sum(gap[:3])
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+
+def test_resumed_run_is_the_run_that_was_not_stopped(pair, tmp_path):
+    """Invariant 10: bit for bit, weights and metrics (but times), with the checkpoint of step 2 of 4."""
+    options = dict(steps=4, save_every=2, keep=9)
+    rows, weights = run(pair, tmp_path / "a", **options)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "step-4")
+    shutil.rmtree(tmp_path / "b" / "final")
+    (tmp_path / "b" / "step-3.tmp").mkdir()  # what a kill while saving leaves
+    again, resumed = run(pair, tmp_path / "b", **options, resume=True)
+    assert far(resumed, weights) == 0
+
+    def timeless(rows):
+        return [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in rows]
+
+    assert timeless(again) == timeless(rows)
+
+
+def test_sampler_out_of_step_stops_the_run(pair, tmp_path, monkeypatch):
+    """Invariant 9: a sampler that keeps its first weights is found at the next step."""
+
+    def broken(cfg, path, model, tokenizer, vocab, say):
+        sampler = make(cfg, path, None, tokenizer, vocab, say)
+        sampler.sync = lambda weights: None
+        return sampler
+
+    make = rollout.make_sampler
+    monkeypatch.setattr(rollout, "make_sampler", broken)
+    with pytest.raises(RuntimeError, match="out of step.*nats.*step 2"):
+        run(pair, tmp_path / "a", steps=3)
+
+
+def test_command_line_end_to_end(pair, tmp_path):
+    """The real command: files, metrics, a final model that loads, pictures; then a second start is refused."""
+    command = [sys.executable, "train.py", *flags(pair, tmp_path / "run", eval_every=1, eval_problems=4, k=2, save_every=1)]
+    done = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("preset tiny, cpu")
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
+    assert {"eval/pass@2", "eval/mean@2"} <= rows[0].keys() and {"loss", "gap", "gate/ess", "lr"} <= rows[1].keys()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template
+    assert all((tmp_path / "run" / name).stat().st_size > 5000 for name in ("curves.png", "gates.png"))
+    assert checkpoint.latest(tmp_path / "run").name == "step-2"
+    again = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
+    assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize("options", [dict(loss="opd", gate="block"), dict(loss="lsm", gate="none"), dict(loss="jsd", gate="span")])
+def test_two_ranks_are_one_process(pair, tmp_path, options):
+    """FSDP2 on gloo, tied heads, unequal micro-batches: the same parameters on the same global batch."""
+    options |= dict(steps=3, micro_tokens=70, minibatches=2, schedule="constant")
+    _, one = run(pair, tmp_path / "one", **options)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
+    command += flags(pair, tmp_path / "two", **options)
+    done = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert far(load_file(tmp_path / "two" / "final" / "model.safetensors"), one) < 1e-4
+
+
+def test_a_rank_without_tokens_takes_part(scene):
+    """An empty micro-batch has zero gradients and changes nothing."""
+    student, teacher, (batches,), cfg = scene(minibatches=1)
+    empty = data.collate([rollout.Rollout([1, 5], [6, 2], [0.0, 0.0], "stop")], torch.zeros(42).bool(), "cpu", empty=True)
+    empty.targets = policy.teacher_targets(teacher, empty, cfg)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.2)
+    train.update(student, sgd, [*batches, empty], cfg, True)
+    with_empty = {name: p.detach().clone() for name, p in student.lm.named_parameters()}
+    other, _, (batches,), _ = scene(minibatches=1)
+    train.update(other, torch.optim.SGD(other.parameters(), lr=0.2), batches, cfg, True)
+    assert far(with_empty, {name: p.detach() for name, p in other.lm.named_parameters()}) == 0
+
+
+def written(path, text):
+    path.write_text(text)
+    return path
+
+
+# -----------------------------------------------------------------------------
+# wrong input: one line, no traceback, before a model loads
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(nonsense=1), "nonsense"), (dict(gate="blocks"), "invalid choice"), (dict(preset="huge"), "invalid choice"),
+        (dict(topk=1, loss="lsm"), "--topk"), (dict(block=0), "--block"), (dict(tau=-1), "--tau"), (dict(top_p=0), "--top_p"),
+        (dict(top_p=1.5), "--top_p"), (dict(temperature=0), "--temperature"), (dict(epochs=0), "--epochs"), (dict(lr="x"), "--lr"),
+        (dict(beta=2), "--beta"), (dict(span_max=3), "--span_max"), (dict(minibatches=7), "--minibatches"), (dict(clip=-1), "--clip"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_one_line(pair, tmp_path, capsys, options, message):
+    with pytest.raises(SystemExit) as stop:
+        parse(TrainConfig, flags(pair, tmp_path / "a", **options))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda tmp: dict(data=tmp / "missing.jsonl"), "no such file"),
+        (lambda tmp: dict(data=written(tmp / "a.jsonl", "")), "empty"),
+        (lambda tmp: dict(data=written(tmp / "b.jsonl", '{"x": 1}\n')), "columns"),
+        (lambda tmp: dict(data=written(tmp / "c.jsonl", '{"x": \n')), "readable"),
+        (lambda tmp: dict(max_response=600), "context"), (lambda tmp: dict(topk=50, loss="lsm"), "vocabulary"),
+        (lambda tmp: dict(resume=True), "no complete checkpoint"), (lambda tmp: dict(student=tmp / "nowhere"), "nowhere"),
+        (lambda tmp: dict(max_prompt=3), "longer than --max_prompt"),
+    ],
+)  # fmt: skip
+def test_wrong_input_is_one_line_before_models_load(pair, tmp_path, monkeypatch, make, message):
+    monkeypatch.setattr(train, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(parse(TrainConfig, flags(pair, tmp_path / "a", **make(tmp_path))))
+    assert message in str(stop.value.code) and str(stop.value.code).count("\n") == 0
