@@ -1,14 +1,16 @@
-"""What a run leaves on disk: out/RUN/{config.json, metrics.jsonl, step-N/, final/, curves.png, gates.png}."""
+"""What a run leaves on disk: out/RUN/{config.json, metrics.jsonl, step-N/ (checkpoints), final/ (the student)}."""
 
 import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from gating import gate_stats
 from policy import full_weights
 
 
@@ -76,3 +78,50 @@ def make_logger(cfg, out, step):
                 writer.add_scalar(name, x, metrics["step"])
 
     return log
+
+
+def summary(cfg, rollouts, batches, raw, updates, seconds):
+    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
+    tracks, scalars = zip(*updates, strict=True)
+    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
+    flat = {name: [track[name] for track in last] for name in last[0]}
+    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
+    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
+    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
+    flat = {
+        name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat
+    }
+    where, metrics = (
+        flat.pop("where"),
+        {name: sum(x[name] for x in scalars) / len(scalars) for name in scalars[0]},
+    )
+    if "g" in flat:
+        g, s, d = (flat.pop(name) for name in "gsd")
+        metrics |= {
+            f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()
+        }
+        twentieth = (where * 20).long().clamp(max=19)
+        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
+        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
+    if "out_of_step" in flat:
+        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
+        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
+    metrics |= {
+        name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()
+    }
+    tokens = sum(len(r.response) for r in rollouts)
+    metrics |= {"rollout/tokens": tokens, "rollout/length": tokens / len(rollouts)}
+    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
+    for phase, t in seconds.items():
+        metrics[f"time/{phase}"] = t
+        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
+    return metrics
+
+
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return parts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PANELS = {  # title: the metrics' names, a regular expression
     "loss": "loss",
-    "gap: reverse KL to the teacher, nats a token": "gap",
+    "gap: reverse KL to the teacher, nats a token": "gap|eval/.*gap",
     "drift since sampling, nats": "gate/(drift_abs|s_abs)",
     "gates": "gate/(mean|ess|p05)",
     "held-out problems": "eval/.*(pass|mean)@.*",

@@ -31,7 +31,7 @@ import evaluate
 import plot
 import rollout
 from configs import TrainConfig, parse
-from gating import drift, gate, gate_stats
+from gating import drift, gate
 from policy import (
     FULL_KL,
     full_weights,
@@ -112,17 +112,19 @@ def sampling(cfg):
 def sample(sampler, jobs, cfg, rank, world):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    parts = gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
+    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
-def gather(x):
-    """[x of rank 0, x of rank 1, ...] on every rank."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return parts
+@torch.no_grad()
+def held_out_gap(policy, teacher, minibatches, cfg):
+    """Reverse KL of student to teacher, nats a token, estimated on the student's own responses."""
+    total = torch.zeros(2)
+    for batch in (batch for minibatch in minibatches for batch in minibatch):
+        gap = score(policy, batch, cfg.temperature).cpu() - teacher_targets(teacher, batch, cfg)["logp"]
+        total += torch.tensor([gap.sum(), gap.numel()])
+    total = sum(checkpoint.gather(total))
+    return (total[0] / total[1]).item()
 
 
 def update(policy, optimizer, batches, cfg, want_logp):
@@ -172,44 +174,6 @@ def learning_rate(cfg, step):
     return cfg.lr * (1 - 0.9 * (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup))
 
 
-def summary(cfg, rollouts, batches, raw, updates, seconds):
-    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
-    tracks, scalars = zip(*updates, strict=True)
-    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
-    flat = {name: [track[name] for track in last] for name in last[0]}
-    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
-    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
-    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
-    flat = {
-        name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat
-    }
-    where, metrics = (
-        flat.pop("where"),
-        {name: sum(x[name] for x in scalars) / len(scalars) for name in scalars[0]},
-    )
-    if "g" in flat:
-        g, s, d = (flat.pop(name) for name in "gsd")
-        metrics |= {
-            f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()
-        }
-        twentieth = (where * 20).long().clamp(max=19)
-        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
-        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
-    if "out_of_step" in flat:
-        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
-        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
-    metrics |= {
-        name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()
-    }
-    tokens = sum(len(r.response) for r in rollouts)
-    metrics |= {"rollout/tokens": tokens, "rollout/length": tokens / len(rollouts)}
-    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
-    for phase, t in seconds.items():
-        metrics[f"time/{phase}"] = t
-        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
-    return metrics
-
-
 def main(cfg):
     rank, world, device = init_device(cfg)
     say = tqdm.write if rank == 0 else lambda *_: None
@@ -248,13 +212,13 @@ def main(cfg):
         sampler.sync(full_weights(policy))
         metrics = {}
         for name, problems in held_out.items():
-            found, _ = evaluate.evaluate(
-                sampler, tokenizer, problems, k=cfg.k, seed=cfg.seed, template=cfg.template, **sampling(cfg)
-            )
-            metrics |= {
-                f"eval/{key}" if len(held_out) == 1 else f"eval/{name}/{key}": x
-                for key, x in found.items()
-            }
+            options = dict(k=cfg.k, seed=cfg.seed, template=cfg.template) | sampling(cfg)
+            found, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
+            prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
+            jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
+            minibatches = data.make_batches(sample(sampler, jobs, cfg, rank, world), cfg, 0, rank, world, newline, device)
+            found["gap"] = held_out_gap(policy, teacher, minibatches, cfg)
+            metrics |= {f"eval/{key}" if len(held_out) == 1 else f"eval/{name}/{key}": x for key, x in found.items()}
         say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in metrics.items()))
         return metrics
 
@@ -303,7 +267,7 @@ def main(cfg):
         raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
         names = list(clock)
         seconds = {b: clock[b] - clock[a] for a, b in zip(names, names[1:], strict=False)}
-        metrics = {"step": step + 1, "lr": group["lr"]} | summary(
+        metrics = {"step": step + 1, "lr": group["lr"]} | checkpoint.summary(
             cfg, rollouts, batches, raw, updates, seconds
         )
         if metrics.get("rollout/out_of_step", 0) > OUT_OF_STEP[device.type]:
