@@ -41,7 +41,7 @@ def pair(tmp_path_factory):
 def flags(pair, out, **options):
     """A short run's command line; options override."""
     values = dict(preset="tiny", teacher=pair[0], student=pair[1], out=out, steps=2, prompts=3, group=2, max_response=24)
-    values |= dict(eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4) | options
+    values |= dict(loss="opd", eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4) | options
     return [x for name, value in values.items() for x in (f"--{name}", str(value))]
 
 
