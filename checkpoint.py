@@ -80,7 +80,7 @@ def make_logger(cfg, out, step):
     return log
 
 
-def summary(cfg, rollouts, batches, raw, updates, seconds):
+def summary(cfg, rollouts, batches, raw, updates, clock):
     """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
     tracks, scalars = zip(*updates, strict=True)
     last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
@@ -112,7 +112,9 @@ def summary(cfg, rollouts, batches, raw, updates, seconds):
     tokens = sum(len(r.response) for r in rollouts)
     metrics |= {"rollout/tokens": tokens, "rollout/length": tokens / len(rollouts)}
     metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)
-    for phase, t in seconds.items():
+    times = list(clock.items())
+    for (_, before), (phase, after) in zip(times, times[1:], strict=False):
+        t = after - before
         metrics[f"time/{phase}"] = t
         metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
     return metrics

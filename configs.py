@@ -79,6 +79,9 @@ class TrainConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
     sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
     max_response: int = arg(16384, "tokens")
+    tp: int = arg(
+        1, "vllm: neighbouring ranks that share one engine, for students too large for one GPU"
+    )
     vllm_memory: float = arg(0.4, "share of a GPU's memory that vLLM may take")
     # optimisation
     steps: int = arg(200, "rollout batches")
@@ -118,7 +121,10 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     model: str = arg("", "hub name, folder, toy or toy-teacher; default: the newest out/*/final")
-    data: str = arg("", "names or files, comma-separated; default: toy for the toy's models, else the paper's four")
+    data: str = arg(
+        "",
+        "names or files, comma-separated; default: toy for the toy's models, else the paper's four",
+    )
     template: str = arg("auto", "as in training: auto, chat, plain, raw, or a text with {question}")
     limit: int = arg(0, "problems of each set; 0: all")
     trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
@@ -129,20 +135,29 @@ class EvalConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
     sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
     max_tokens: int = arg(16384, "tokens of a response; less where the model's context is shorter")
-    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
+    rollout: Literal["auto", "vllm", "hf"] = arg(
+        "auto", "sampler; auto: vllm where it can run, else hf"
+    )
     vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take")
-    batch: int = arg(1024, "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster")
+    batch: int = arg(
+        1024,
+        "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster",
+    )
     seed: int = arg(0, "of the samples")
     device: str = arg("", "cpu or cuda; default cuda where it is")
     threads: int = arg(0, "CPU threads; 0: torch's choice")
     # results
-    out: str = arg("", "folder of the results; default out/eval/MODEL/DATA. What it holds is not sampled again")
+    out: str = arg(
+        "", "folder of the results; default out/eval/MODEL/DATA. What it holds is not sampled again"
+    )
     overwrite: bool = arg(False, "delete what --out holds and start again")
     paper: bool = arg(False, "print the paper's table beside ours")
     regrade: str = arg("", "grade this samples.jsonl (or its folder) again; needs no model")
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": "folders of finished evaluations; the first is the baseline. NAME=A,B,C: seeds of one variant"},
+        metadata={
+            "help": "folders of finished evaluations; the first is the baseline. NAME=A,B,C: seeds of one variant"
+        },
     )
 
 
@@ -204,7 +219,7 @@ def problems(cfg):
         save_every=0,
         keep=1,
     )
-    low |= dict(k=1, n=0, threads=0, sample_every=0, limit=0, max_tokens=1, batch=1)
+    low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
         if getattr(cfg, name, least) < least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"

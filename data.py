@@ -181,10 +181,10 @@ def shared_vocab(student, teacher) -> int:
     return shared
 
 
-def newline_ids(tokenizer, vocab: int) -> Tensor:
-    """Ids below vocab whose decoded text contains a newline: in a BPE vocabulary many besides "\\n", such as ".\\n\\n"."""
+def newline_tokens(tokenizer, vocab: int) -> Tensor:
+    """[vocab] True for ids whose decoded text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"."""
     texts = tokenizer.batch_decode([[i] for i in range(vocab)])
-    return torch.tensor([i for i, text in enumerate(texts) if "\n" in text], dtype=torch.long)
+    return torch.tensor(["\n" in text for text in texts])
 
 
 @dataclass

@@ -90,13 +90,8 @@ def prepare(cfg):
     if cfg.topk > vocab:
         raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
     tokenizer = tokenizers["student"]
-    stream = data.PromptStream(
-        data.load(cfg.data, seed=cfg.seed, **code),
-        tokenizer,
-        cfg.template,
-        cfg.max_prompt,
-        cfg.seed,
-    )
+    problems = data.load(cfg.data, seed=cfg.seed, **code)
+    stream = data.PromptStream(problems, tokenizer, cfg.template, cfg.max_prompt, cfg.seed)
     stream.next()  # says where every prompt is too long
     stream.position = stream.dropped = 0
     names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
@@ -105,14 +100,18 @@ def prepare(cfg):
 
 
 def sampling(cfg):
-    names = dict(temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response")
+    names = dict(
+        temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response"
+    )
     return {name: getattr(cfg, field) for name, field in names.items()}
 
 
 def sample(sampler, jobs, cfg, rank, world):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
+    parts = checkpoint.gather(
+        sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg))
+    )
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
@@ -121,7 +120,10 @@ def held_out_gap(policy, teacher, minibatches, cfg):
     """Reverse KL of student to teacher, nats a token, estimated on the student's own responses."""
     total = torch.zeros(2)
     for batch in (batch for minibatch in minibatches for batch in minibatch):
-        gap = score(policy, batch, cfg.temperature).cpu() - teacher_targets(teacher, batch, cfg)["logp"]
+        gap = (
+            score(policy, batch, cfg.temperature).cpu()
+            - teacher_targets(teacher, batch, cfg)["logp"]
+        )
         total += torch.tensor([gap.sum(), gap.numel()])
     total = sum(checkpoint.gather(total))
     return (total[0] / total[1]).item()
@@ -130,16 +132,15 @@ def held_out_gap(policy, teacher, minibatches, cfg):
 def update(policy, optimizer, batches, cfg, want_logp):
     """One optimizer step on a minibatch: micro-batches add up sum(g * loss), and the gradient is divided by sum(g) once."""
     sums, tracks = torch.zeros(2, device=batches[0].ids.device), []
+    gate_options = {
+        name: getattr(cfg, name) for name in ("tau", "stat", "block", "span_min", "span_max")
+    }
     for batch in batches:
         logp, loss, info = position_loss(policy, batch, cfg, want_logp)
         g = torch.ones_like(loss)
         if logp is not None:
             pair = batch.spread(logp.detach()), batch.spread(batch.old)
-            options = {
-                name: getattr(cfg, name)
-                for name in ("tau", "stat", "block", "span_min", "span_max")
-            }
-            g, s = gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **options)
+            g, s = gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **gate_options)
             g, s, d = (x[batch.mask] for x in (g, s, drift(*pair, batch.mask)))
             info |= {"g": g, "s": s, "d": d}
         weighted = (g * loss).sum()
@@ -178,10 +179,14 @@ def main(cfg):
     rank, world, device = init_device(cfg)
     say = tqdm.write if rank == 0 else lambda *_: None
     say(f"preset {cfg.preset}, {device}, {world} rank(s)")
+    prepared = error = None
     try:
-        paths, tokenizer, vocab, stream, held_out = prepare(cfg)
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        prepared = prepare(cfg)
+    except (ValueError, OSError) as e:
+        error = str(e)
+    if errors := [e for e in checkpoint.gather(error) if e]:  # every rank has looked before one writes
+        sys.exit(f"train.py: {errors[0]}" if rank == 0 else 1)
+    paths, tokenizer, vocab, stream, held_out = prepared
     out = Path(cfg.out)
     if rank == 0:
         if cfg.overwrite:
@@ -195,16 +200,13 @@ def main(cfg):
     policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
     teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
     policy.teacher_head = head_weights(teacher) if cfg.loss in FULL_KL else None
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), cfg.lr, (0.9, cfg.beta2), weight_decay=cfg.weight_decay
-    )
-    start = (
-        checkpoint.restore(checkpoint.latest(out), policy, optimizer, stream) if cfg.resume else 0
-    )
+    betas = (0.9, cfg.beta2)
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
+    start = 0
+    if cfg.resume:
+        start = checkpoint.restore(checkpoint.latest(out), policy, optimizer, stream)
     sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, say)
-    newline = torch.zeros(vocab, dtype=torch.bool).index_fill_(
-        0, data.newline_ids(tokenizer, vocab), True
-    )
+    newline = data.newline_tokens(tokenizer, vocab)
     log = checkpoint.make_logger(cfg, out, start) if rank == 0 else lambda _: None
     want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
 
@@ -216,9 +218,12 @@ def main(cfg):
             found, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
             prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
             jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
-            minibatches = data.make_batches(sample(sampler, jobs, cfg, rank, world), cfg, 0, rank, world, newline, device)
+            rollouts = sample(sampler, jobs, cfg, rank, world)
+            minibatches = data.make_batches(rollouts, cfg, 0, rank, world, newline, device)
             found["gap"] = held_out_gap(policy, teacher, minibatches, cfg)
-            metrics |= {f"eval/{key}" if len(held_out) == 1 else f"eval/{name}/{key}": x for key, x in found.items()}
+            prefix = "eval" if len(held_out) == 1 else f"eval/{name}"
+            metrics |= {f"{prefix}/{key}": x for key, x in found.items()}
+        sampler.sleep()
         say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in metrics.items()))
         return metrics
 
@@ -226,19 +231,17 @@ def main(cfg):
         log({"step": 0} | run_eval(0))
 
     # ------------------------------------------------------------------------- the loop
-    bar = tqdm(
-        range(start, cfg.steps), initial=start, total=cfg.steps, disable=rank > 0, unit="step"
-    )
+    steps = range(start, cfg.steps)
+    bar = tqdm(steps, initial=start, total=cfg.steps, disable=rank > 0, unit="step")
     for step in bar:
         clock = {"start": now(device)}
-        drawn = [stream.next() for _ in range(cfg.prompts)]
-        jobs = [
-            (ids, rollout.seed_for(cfg.seed, step, p.id, i))
-            for p, ids in drawn
-            for i in range(cfg.group)
-        ]
+        jobs = []
+        for problem, ids in (stream.next() for _ in range(cfg.prompts)):
+            seeds = [rollout.seed_for(cfg.seed, step, problem.id, i) for i in range(cfg.group)]
+            jobs += [(ids, seed) for seed in seeds]
         sampler.sync(full_weights(policy))
         rollouts = sample(sampler, jobs, cfg, rank, world)
+        sampler.sleep()
         clock["rollout"] = now(device)
 
         minibatches = data.make_batches(rollouts, cfg, step, rank, world, newline, device)
@@ -250,46 +253,30 @@ def main(cfg):
         with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
             for batch in batches[len(minibatches[0]) :] if want_logp else ():
                 batch.see(score(policy, batch, cfg.temperature))
-            raw = [
-                (batch, score(policy, batch, 1.0)) for batch in batches[:1] if cfg.temperature != 1
-            ]
+            check = batches[:1] if cfg.temperature != 1 else []  # samplers report temperature 1
+            raw = [(batch, score(policy, batch, 1.0)) for batch in check]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         updates = []
         for epoch in range(cfg.epochs):
             if epoch > 0:
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
-            updates += [
-                update(policy, optimizer, minibatch, cfg, want_logp) for minibatch in minibatches
-            ]
+            updates += [update(policy, optimizer, m, cfg, want_logp) for m in minibatches]
         clock["update"] = now(device)
 
         raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
-        names = list(clock)
-        seconds = {b: clock[b] - clock[a] for a, b in zip(names, names[1:], strict=False)}
-        metrics = {"step": step + 1, "lr": group["lr"]} | checkpoint.summary(
-            cfg, rollouts, batches, raw, updates, seconds
-        )
-        if metrics.get("rollout/out_of_step", 0) > OUT_OF_STEP[device.type]:
-            raise RuntimeError(
-                f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
-                f"{metrics['rollout/out_of_step']:.2g} nats on average, over {OUT_OF_STEP[device.type]:g}, at step {step + 1}"
-            )
+        metrics = {"step": step + 1, "lr": learning_rate(cfg, step)}
+        metrics |= checkpoint.summary(cfg, rollouts, batches, raw, updates, clock)
+        check_in_step(metrics, device)
         last = step + 1 == cfg.steps
         if held_out and (last or (step + 1) % cfg.eval_every == 0):
             metrics |= run_eval(step + 1)
         log(metrics)
-        bar.set_postfix(
-            {
-                name: f"{metrics[name]:.3g}"
-                for name in ("loss", "gap", "gate/ess")
-                if name in metrics
-            }
-        )
+        shown = [name for name in ("loss", "gap", "gate/ess") if name in metrics]
+        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
         if cfg.sample_every and step % cfg.sample_every == 0:
-            say(
-                f"--- step {step + 1}, a response ({rollouts[0].finish}): {tokenizer.decode(rollouts[0].response)!r}"
-            )
+            text = tokenizer.decode(rollouts[0].response)
+            say(f"--- step {step + 1}, a response ({rollouts[0].finish}): {text!r}")
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
             checkpoint.save(out, step + 1, policy, optimizer, stream, cfg.keep)
 
@@ -301,6 +288,16 @@ def main(cfg):
         )
     if world > 1:
         dist.destroy_process_group()
+
+
+def check_in_step(metrics, device):
+    """Stops a run whose sampler holds other weights than the trainer."""
+    off, bound = metrics.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
+    if off > bound:
+        raise RuntimeError(
+            f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
+            f"{off:.2g} nats on average, over the bound of {bound:g}, at step {metrics['step']}"
+        )
 
 
 def now(device):
