@@ -88,27 +88,18 @@ def summary(cfg, rollouts, batches, raw, updates, clock):
     flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
     flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
     flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
-    flat = {
-        name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat
-    }
-    where, metrics = (
-        flat.pop("where"),
-        {name: sum(x[name] for x in scalars) / len(scalars) for name in scalars[0]},
-    )
+    flat = {name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat}
+    where, metrics = (flat.pop("where"), {name: sum(x[name] for x in scalars) / len(scalars) for name in scalars[0]})
     if "g" in flat:
         g, s, d = (flat.pop(name) for name in "gsd")
-        metrics |= {
-            f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()
-        }
+        metrics |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()}
         twentieth = (where * 20).long().clamp(max=19)
         total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
         metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
     if "out_of_step" in flat:
         metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
         metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
-    metrics |= {
-        name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()
-    }
+    metrics |= {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}
     tokens = sum(len(r.response) for r in rollouts)
     metrics |= {"rollout/tokens": tokens, "rollout/length": tokens / len(rollouts)}
     metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / len(rollouts)

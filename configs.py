@@ -29,9 +29,7 @@ def arg(default, help):
 
 @dataclass
 class TrainConfig:
-    preset: Literal["", "tiny", "qwen3"] = arg(
-        "", "settings to start from; none: qwen3 where CUDA is there, else tiny"
-    )
+    preset: Literal["", "tiny", "qwen3"] = arg("", "settings to start from; none: qwen3 where CUDA is there, else tiny")
     # models and data
     student: str = arg("toy", "model that learns: hub name, folder, or toy")
     teacher: str = arg("toy", "model that scores: hub name, folder, or toy")
@@ -43,45 +41,31 @@ class TrainConfig:
     max_prompt: int = arg(2048, "tokens; longer prompts are dropped and counted")
     trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
     # the gate (paper, Eq. 1)
-    gate: Literal["none", "token", "block", "span", "sequence"] = arg(
-        "block", "what one drift gate covers"
-    )
+    gate: Literal["none", "token", "block", "span", "sequence"] = arg("block", "what one drift gate covers")
     block: int = arg(64, "tokens in a block; for span, where a response has no newline")
     tau: float = arg(1.0, "gate = exp(-tau |s|); 0: every gate is 1")
-    stat: Literal["mean", "absmean", "rms"] = arg(
-        "mean", "a segment's drift s; mean is the paper's, and signed"
-    )
+    stat: Literal["mean", "absmean", "rms"] = arg("mean", "a segment's drift s; mean is the paper's, and signed")
     span_min: int = arg(16, "tokens; shorter newline spans are merged with the next")
     span_max: int = arg(128, "tokens; longer newline spans are cut evenly")
     # the loss
-    loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg(
-        "opd", "position loss; see README"
-    )
+    loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg("opd", "position loss; see README")
     clip: float = arg(0.2, "opd: ratio kept above 1 - clip; 0: off")
     clip_high: float = arg(0.2, "opd: ratio kept below 1 + clip_high; 0: off")
-    dual_clip: float = arg(
-        3.0, "opd: loss at most dual_clip * -advantage where the advantage is negative; 0: off"
-    )
+    dual_clip: float = arg(3.0, "opd: loss at most dual_clip * -advantage where the advantage is negative; 0: off")
     topk: int = arg(32, "lsm: size K of the teacher's support")
     log_ratio_clamp: float = arg(0.0, "lsm: log-ratio kept within +- this, in nats; 0: off")
     beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m)")
     add_sampled: bool = arg(False, "lsm: the sampled token joins the support where it is outside")
-    renormalise: bool = arg(
-        True, "lsm: softmax both sides on the support; off: the true probabilities"
-    )
+    renormalise: bool = arg(True, "lsm: softmax both sides on the support; off: the true probabilities")
     # rollouts
-    rollout: Literal["auto", "vllm", "hf"] = arg(
-        "auto", "sampler; auto: vllm where it can run, else hf"
-    )
+    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
     prompts: int = arg(4, "prompts a step, all ranks together")
     group: int = arg(8, "responses a prompt")
     temperature: float = arg(1.0, "of sampling, and of every distribution in the loss")
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
     sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
     max_response: int = arg(16384, "tokens")
-    tp: int = arg(
-        1, "vllm: neighbouring ranks that share one engine, for students too large for one GPU"
-    )
+    tp: int = arg(1, "vllm: neighbouring ranks that share one engine, for students too large for one GPU")
     vllm_memory: float = arg(0.4, "share of a GPU's memory that vLLM may take")
     # optimisation
     steps: int = arg(200, "rollout batches")
@@ -89,17 +73,13 @@ class TrainConfig:
     minibatches: int = arg(1, "optimizer updates an epoch")
     micro_tokens: int = arg(16384, "tokens in a micro-batch, padding counted")
     lr: float = arg(2e-6, "AdamW, peak")
-    schedule: Literal["constant", "linear"] = arg(
-        "constant", "after warm-up; linear falls to lr / 10"
-    )
+    schedule: Literal["constant", "linear"] = arg("constant", "after warm-up; linear falls to lr / 10")
     warmup: int = arg(0, "steps of linear warm-up")
     beta2: float = arg(0.999, "AdamW")
     weight_decay: float = arg(0.01, "AdamW")
     grad_clip: float = arg(1.0, "largest gradient norm; 0: off")
     grad_ckpt: bool = arg(False, "recompute activations in the backward pass")
-    diagnostics: bool = arg(
-        True, "log drift and support mass also where an ungated top-k loss does not need them"
-    )
+    diagnostics: bool = arg(True, "log drift and support mass also where an ungated top-k loss does not need them")
     # evaluation in the loop
     eval_data: str = arg("toy", "held-out problems: names or files, comma-separated; empty: none")
     eval_every: int = arg(50, "steps; also before the first and after the last; 0: never")
@@ -121,10 +101,7 @@ class TrainConfig:
 @dataclass
 class EvalConfig:
     model: str = arg("", "hub name, folder, toy or toy-teacher; default: the newest out/*/final")
-    data: str = arg(
-        "",
-        "names or files, comma-separated; default: toy for the toy's models, else the paper's four",
-    )
+    data: str = arg("", "names or files, comma-separated; default: toy for the toy's models, else the paper's four")
     template: str = arg("auto", "as in training: auto, chat, plain, raw, or a text with {question}")
     limit: int = arg(0, "problems of each set; 0: all")
     trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
@@ -135,21 +112,16 @@ class EvalConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
     sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
     max_tokens: int = arg(16384, "tokens of a response; less where the model's context is shorter")
-    rollout: Literal["auto", "vllm", "hf"] = arg(
-        "auto", "sampler; auto: vllm where it can run, else hf"
-    )
+    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
     vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take")
     batch: int = arg(
-        1024,
-        "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster",
+        1024, "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster"
     )
     seed: int = arg(0, "of the samples")
     device: str = arg("", "cpu or cuda; default cuda where it is")
     threads: int = arg(0, "CPU threads; 0: torch's choice")
     # results
-    out: str = arg(
-        "", "folder of the results; default out/eval/MODEL/DATA. What it holds is not sampled again"
-    )
+    out: str = arg("", "folder of the results; default out/eval/MODEL/DATA. What it holds is not sampled again")
     overwrite: bool = arg(False, "delete what --out holds and start again")
     paper: bool = arg(False, "print the paper's table beside ours")
     regrade: str = arg("", "grade this samples.jsonl (or its folder) again; needs no model")
@@ -189,36 +161,9 @@ def _default_preset():
 
 def problems(cfg):
     """Yields a line for each setting that cannot be, so that nothing loads first."""
-    low = dict(
-        block=1,
-        tau=0,
-        span_min=1,
-        prompts=1,
-        group=1,
-        max_prompt=1,
-        max_response=1,
-        steps=1,
-        epochs=1,
-    )
-    low |= dict(
-        minibatches=1,
-        micro_tokens=1,
-        clip=0,
-        clip_high=0,
-        dual_clip=0,
-        log_ratio_clamp=0,
-        sample_top_k=0,
-    )
-    low |= dict(
-        lr=0,
-        warmup=0,
-        weight_decay=0,
-        grad_clip=0,
-        eval_every=0,
-        eval_problems=0,
-        save_every=0,
-        keep=1,
-    )
+    low = dict(block=1, tau=0, span_min=1, prompts=1, group=1, max_prompt=1, max_response=1, steps=1, epochs=1)
+    low |= dict(minibatches=1, micro_tokens=1, clip=0, clip_high=0, dual_clip=0, log_ratio_clamp=0, sample_top_k=0)
+    low |= dict(lr=0, warmup=0, weight_decay=0, grad_clip=0, eval_every=0, eval_problems=0, save_every=0, keep=1)
     low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
         if getattr(cfg, name, least) < least:

@@ -23,11 +23,7 @@ HUB = {
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = (
-    "answer",
-    "expected_answer",
-    "ground_truth",
-)  # else reward_model.ground_truth (DAPO)
+ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # else reward_model.ground_truth (DAPO)
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {question}\n" + INSTRUCTION + "\nAnswer:"
@@ -41,9 +37,7 @@ class Problem:
     answer: str
 
 
-def load(
-    name: str, *, seed: int | None = None, limit: int = 0, trust_remote_code=False
-) -> list[Problem]:
+def load(name: str, *, seed: int | None = None, limit: int = 0, trust_remote_code=False) -> list[Problem]:
     """Problems of a benchmark's name, a hub dataset, a .jsonl or .parquet file, or "toy".
 
     seed: shuffle (None: the dataset's own order; for toy, the held-out problems). Repeated prompts are
@@ -54,10 +48,7 @@ def load(
 
         stream = toy.HELD_OUT if seed is None else seed
         pairs = toy.problems(limit or (256 if seed is None else 4096), stream)
-        return [
-            Problem(f"toy-{i}", [{"role": "user", "content": q}], a)
-            for i, (q, a) in enumerate(pairs)
-        ]
+        return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
     import datasets
 
     suffix = Path(name).suffix
@@ -68,20 +59,12 @@ def load(
             raise ValueError(f"{name} is empty")
         kind = "parquet" if suffix == ".parquet" else "json"
         try:
-            rows = (
-                datasets.Dataset.from_parquet(name)
-                if kind == "parquet"
-                else datasets.Dataset.from_json(name)
-            )
+            rows = datasets.Dataset.from_parquet(name) if kind == "parquet" else datasets.Dataset.from_json(name)
         except datasets.exceptions.DatasetGenerationError as error:
-            raise ValueError(
-                f"{name} is not a readable {kind} file: {error.__cause__ or error}"
-            ) from error
+            raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
     else:
         path, config, split = HUB.get(name, (name, None, "train"))
-        rows = datasets.load_dataset(
-            path, config, split=split, trust_remote_code=trust_remote_code or None
-        )
+        rows = datasets.load_dataset(path, config, split=split, trust_remote_code=trust_remote_code or None)
     if seed is not None:
         rows = rows.shuffle(seed=seed)
     rows = rows.select(range(min(len(rows), MOST)))
@@ -92,22 +75,16 @@ def load(
     answer = next((columns[c] for c in ANSWER_COLUMNS if c in columns), "reward_model")
     if prompt is None or answer not in rows.column_names:
         known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
-        raise ValueError(
-            f"{name} has columns {rows.column_names}; a prompt and an answer are called {known}"
-        )
+        raise ValueError(f"{name} has columns {rows.column_names}; a prompt and an answer are called {known}")
     stem, problems, seen = Path(name).stem, [], set()
-    for i, row in enumerate(
-        rows.select_columns(list({prompt, answer, *columns.get("id", "").split()}))
-    ):
+    for i, row in enumerate(rows.select_columns(list({prompt, answer, *columns.get("id", "").split()}))):
         text, gold = row[prompt], row[answer]
         gold = gold["ground_truth"] if isinstance(gold, dict) else str(gold)
         key = str(text)
         if key not in seen:
             seen.add(key)
             id = str(row.get(columns.get("id"), f"{stem}-{i}"))
-            problems.append(
-                Problem(id, text, gold.split("####")[-1].strip())
-            )  # GSM8K: reasoning #### answer
+            problems.append(Problem(id, text, gold.split("####")[-1].strip()))  # GSM8K: reasoning #### answer
     return problems[:limit] if limit else problems
 
 
@@ -124,9 +101,7 @@ def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
         messages = problem.prompt
         if isinstance(messages, str):
             messages = [{"role": "user", "content": f"{text}\n{INSTRUCTION}"}]
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     if template != "raw":
         pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
         text = pattern.replace("{question}", text)
@@ -136,9 +111,7 @@ def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
 class PromptStream:
     """Endless prompts in an order fixed by the seed; `position` is all that a checkpoint must keep."""
 
-    def __init__(
-        self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int
-    ):
+    def __init__(self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int):
         self.problems, self.tokenizer, self.template = problems, tokenizer, template
         self.max_prompt, self.seed = max_prompt, seed
         self.position, self.dropped = 0, 0
@@ -169,9 +142,7 @@ def shared_vocab(student, teacher) -> int:
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     differ = [t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]]
     shared = min(max(ours.values()), max(theirs.values())) + 1
-    lone = [
-        t for a, b in ((ours, theirs), (theirs, ours)) for t in a.keys() - b.keys() if a[t] < shared
-    ]
+    lone = [t for a, b in ((ours, theirs), (theirs, ours)) for t in a.keys() - b.keys() if a[t] < shared]
     if differ or lone:
         example = (differ + lone)[0]
         raise ValueError(

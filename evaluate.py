@@ -70,9 +70,7 @@ def cut(problems, n, batch):
         yield [(s, problem, i) for s, problem in mine[start : start + step] for i in range(n)]
 
 
-def evaluate(
-    sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", batch=1024, **sampling
-):
+def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", batch=1024, **sampling):
     """(metrics, rows) of Problems, for a training loop; the same on every rank, each having sampled its share.
 
     metrics: pass@k, mean@n, truncated, length, no_answer. sampling: what sampler.sample takes.
@@ -80,9 +78,7 @@ def evaluate(
     rows = []
     with Grader() as grader:
         for jobs in cut([("", problem) for problem in problems], n or k, batch):
-            rows += respond(
-                sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling
-            )
+            rows += respond(sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling)
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, rows)
@@ -120,9 +116,7 @@ def weights_digest(path, revision):
             with open(file, "rb") as f:
                 ends = f.read(1 << 20)
                 f.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
-                parts.append(
-                    [file.name, file.stat().st_size, hashlib.sha256(ends + f.read()).hexdigest()]
-                )
+                parts.append([file.name, file.stat().st_size, hashlib.sha256(ends + f.read()).hexdigest()])
     return digest(*parts) if parts else revision
 
 
@@ -131,15 +125,7 @@ def versions():
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
     for name in ("torch", "transformers", "vllm", "math-verify", "sympy"):
         found[name] = installed.get(name)
-    git = [
-        "git",
-        "-C",
-        Path(__file__).resolve().parent,
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=12",
-    ]
+    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
     return found | {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
 
 
@@ -184,10 +170,7 @@ def prepare(cfg):
     if len(names) < len(cfg.data.split(",")) or len(set(ids)) < len(ids):
         raise ValueError(f"--data {cfg.data}: two sets, or two problems of one, have the same name")
     prompts = [data.encode(p, tokenizer, cfg.template) for _, p in problems]
-    longest, context = (
-        max(map(len, prompts)),
-        getattr(lm, "max_position_embeddings", None) or 1 << 30,
-    )
+    longest, context = (max(map(len, prompts)), getattr(lm, "max_position_embeddings", None) or 1 << 30)
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
     cfg.max_tokens = min(cfg.max_tokens, context - longest)
@@ -212,9 +195,7 @@ def run(cfg):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     say = tqdm.write if rank == 0 else lambda _: None
     label, tokenizer, problems, identity = prepare(cfg)
-    say(
-        f"{cfg.model}: {cfg.n} samples of {len(problems)} problems, {cfg.max_tokens} tokens at most"
-    )
+    say(f"{cfg.model}: {cfg.n} samples of {len(problems)} problems, {cfg.max_tokens} tokens at most")
     say(f"first prompt: {tokenizer.decode(data.encode(problems[0][1], tokenizer, cfg.template))!r}")
     out = Path(cfg.out)
     if rank == 0:

@@ -87,9 +87,7 @@ def block_segments(mask: Tensor, block: int) -> Tensor:
     return _position(mask) // block
 
 
-def span_segments(
-    mask: Tensor, newline: Tensor, *, block: int, span_min: int, span_max: int
-) -> Tensor:
+def span_segments(mask: Tensor, newline: Tensor, *, block: int, span_min: int, span_max: int) -> Tensor:
     """Segment index [B, T]: spans that end at a newline, none (but a whole response) under span_min.
 
     A span is closed by the first newline that makes it span_min tokens or longer; a short rest joins

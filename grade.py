@@ -26,22 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 LONGEST = 1000  # characters of an answer; MATH-500's longest gold has 53
 TAIL = 2000  # characters at the end of a response in which an answer without a box is looked for
 MEMORY = 2 << 30  # bytes of address space of a worker
-UNGRADABLE = (
-    "no answer",
-    "too long",
-    "unparsable",
-    "time limit",
-    "crash",
-)  # reasons without a verdict on the maths
+UNGRADABLE = ("no answer", "too long", "unparsable", "time limit", "crash")  # reasons without a verdict on the maths
 
 # -----------------------------------------------------------------------------
 # from a response to its answer
 
 TOKEN = re.compile(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)  # \\. steps over \{ and \}
 NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-SAID = re.compile(
-    rf"answer(?:\s+is)?\s*:?\s*(?:\*\*)?\s*(\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER})", re.IGNORECASE
-)
+SAID = re.compile(rf"answer(?:\s+is)?\s*:?\s*(?:\*\*)?\s*(\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER})", re.IGNORECASE)
 WRITTEN = re.compile(rf"\$[^$\n]+\$|\\\([^\n]+?\\\)|{NUMBER}")
 
 
@@ -70,8 +62,7 @@ def extract(text: str, finished: bool = True) -> str | None:
 
 
 WRAPPED = re.compile(
-    r"\s*(?:\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\))\s*",
-    re.DOTALL,
+    r"\s*(?:\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\))\s*", re.DOTALL
 )
 CHOICE = re.compile(
     r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-E]\)[\s~\\]*\}[\s~\\,;!]*(?=\S)"
@@ -129,9 +120,7 @@ def serve(seconds: int):
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import LatexExtractionConfig, parse, verify
 
-    latex = [
-        LatexExtractionConfig(boxed_match_priority=0)
-    ]  # no plain-text expressions: SymPy would eval those
+    latex = [LatexExtractionConfig(boxed_match_priority=0)]  # no plain-text expressions: SymPy would eval those
 
     @functools.lru_cache(maxsize=4096)
     def parse_gold(gold):
@@ -174,9 +163,7 @@ class Grader:
     def grade(self, responses) -> list[tuple[str | None, bool, str]]:
         """[(answer or None, correct, reason)] for [(text, gold, finished)]; reason: equal, different, or of UNGRADABLE."""
         pairs = [(extract(text, finished), gold) for text, gold, finished in responses]
-        new = [
-            pair for pair in dict.fromkeys(pairs) if pair[0] is not None and pair not in self.cache
-        ]
+        new = [pair for pair in dict.fromkeys(pairs) if pair[0] is not None and pair not in self.cache]
         seen = {pair: at_sight(*pair) for pair in new}
         hard = [pair for pair in new if seen[pair] is None]
         with ThreadPoolExecutor(self.workers) as threads:
@@ -190,13 +177,9 @@ class Grader:
             command = [sys.executable, __file__, str(self.seconds)]
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
             self.started.append(worker)
-        worker.stdin.write(
-            json.dumps(pair).encode() + b"\n"
-        )  # ASCII: lone surrogates and NULs are escaped
+        worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
         worker.stdin.flush()
-        ready, _, _ = select.select(
-            [worker.stdout], [], [], 60 + 10 * self.seconds
-        )  # a process that only waits
+        ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)  # a process that only waits
         reply = worker.stdout.readline() if ready else b""
         if reply.endswith(b"\n"):
             self.idle.put(worker)

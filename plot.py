@@ -35,24 +35,13 @@ def draw(*runs) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
     for ax, (title, pattern) in zip(axes.flat, PANELS.items(), strict=True):
         for i, (run, rows) in enumerate(histories.items()):
-            names = dict.fromkeys(
-                name for row in rows for name in row if re.fullmatch(pattern, name)
-            )
+            names = dict.fromkeys(name for row in rows for name in row if re.fullmatch(pattern, name))
             for j, name in enumerate(names):
-                label = (
-                    name.split("/", 1)[-1]
-                    if len(runs) == 1
-                    else f"{run.name} {name.split('/', 1)[-1]}"
-                )
-                style = (
-                    {} if len(runs) == 1 else dict(color=f"C{i}", linestyle=("-", "--", ":")[j % 3])
-                )
+                label = name.split("/", 1)[-1] if len(runs) == 1 else f"{run.name} {name.split('/', 1)[-1]}"
+                style = {} if len(runs) == 1 else dict(color=f"C{i}", linestyle=("-", "--", ":")[j % 3])
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 ax.plot(
-                    *zip(*points, strict=True),
-                    marker="o" if name.startswith("eval/") else None,
-                    label=label,
-                    **style,
+                    *zip(*points, strict=True), marker="o" if name.startswith("eval/") else None, label=label, **style
                 )
         ax.set(title=title, xlabel="step")
         ax.grid(alpha=0.3)
@@ -66,18 +55,9 @@ def draw(*runs) -> None:
         figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
         extent = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1)
         values = list(zip(*(row["gate/by_position"] for row in rows), strict=True))
-        image = ax.imshow(
-            values,
-            origin="lower",
-            aspect="auto",
-            extent=extent,
-            cmap="viridis",
-            interpolation="nearest",
-        )
+        image = ax.imshow(values, origin="lower", aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
         ax.set(
-            title=f"mean gate, last epoch of each step: {first.name}",
-            xlabel="step",
-            ylabel="position in the response",
+            title=f"mean gate, last epoch of each step: {first.name}", xlabel="step", ylabel="position in the response"
         )
         figure.colorbar(image, label="gate")
         figure.savefig(first / "gates.png", dpi=120)

@@ -21,9 +21,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm, self.vocab = lm, vocab
         self.dtype = torch.float32  # of the files it came from, and of those it is saved to
-        self.teacher_head = (
-            None  # (weight, bias) of the teacher, on the student, for full-vocabulary losses
-        )
+        self.teacher_head = None  # (weight, bias) of the teacher, on the student, for full-vocabulary losses
 
     def forward(self, batch, head):
         with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
@@ -45,10 +43,7 @@ def load_policy(path, cfg, vocab, device, *, trainable):
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
     policy = Policy(lm, vocab).to(device)
-    policy.dtype = (
-        AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).dtype
-        or torch.float32
-    )
+    policy.dtype = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).dtype or torch.float32
     if dist.is_initialized():
         shard(policy, device)
     return policy
@@ -72,15 +67,10 @@ def check_head(lm, path):
     """Stops for models whose logits are not weight @ hidden + bias (scaled or soft-capped, as in Gemma)."""
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()
-    hidden, out = (
-        lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:],
-        lm.get_output_embeddings(),
-    )
+    hidden, out = (lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:], lm.get_output_embeddings())
     ours = nn.functional.linear(hidden, out.weight, out.bias)[0].float()
     if not torch.allclose(ours, logits, rtol=2e-2, atol=2e-2 * logits.std().item()):
-        raise ValueError(
-            f"{path} scales or caps its logits after the head, which losses.py does not do"
-        )
+        raise ValueError(f"{path} scales or caps its logits after the head, which losses.py does not do")
 
 
 def full_tensor(x):
@@ -90,9 +80,7 @@ def full_tensor(x):
 def head_weights(policy):
     """(weight, bias) of the head, whole on every rank, without gradient."""
     out = policy.lm.get_output_embeddings()
-    return full_tensor(out.weight).detach(), None if out.bias is None else full_tensor(
-        out.bias
-    ).detach()
+    return full_tensor(out.weight).detach(), None if out.bias is None else full_tensor(out.bias).detach()
 
 
 def full_weights(policy):
@@ -119,9 +107,7 @@ def score(policy, batch, temperature):
     """[N] log-probs of the batch's response tokens."""
 
     def head(hidden, weight, bias):
-        z, lse = head_logits(
-            hidden, weight, batch.tokens[:, None], bias, temperature=temperature, vocab=policy.vocab
-        )
+        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, temperature=temperature, vocab=policy.vocab)
         return z[:, 0] - lse
 
     return policy(batch, head)
@@ -142,17 +128,13 @@ def position_loss(policy, batch, cfg, want_logp=True):
         return logp, *opd_loss(logp, batch.old, t["logp"], *clips)
 
     tokens, at = batch.tokens[:, None], dict(temperature=cfg.temperature, vocab=policy.vocab)
-    exact = (
-        cfg.loss == "tail_topk" or not cfg.renormalise
-    )  # true probabilities: lse needs its gradient
+    exact = cfg.loss == "tail_topk" or not cfg.renormalise  # true probabilities: lse needs its gradient
 
     def kl_head(hidden, weight, bias):
         beta = cfg.beta if cfg.loss == "jsd" else FULL_KL[cfg.loss]
         weight_t, bias_t = policy.teacher_head
         kl, lse = head_kl(hidden, weight, t["hidden"], weight_t, bias, bias_t, beta=beta, **at)
-        z, _ = head_logits(
-            hidden.detach(), weight.detach(), tokens, bias, temperature=cfg.temperature, lse=False
-        )
+        z, _ = head_logits(hidden.detach(), weight.detach(), tokens, bias, temperature=cfg.temperature, lse=False)
         return z[:, 0] - lse, kl
 
     def topk_head(hidden, weight, bias):
@@ -177,8 +159,6 @@ def position_loss(policy, batch, cfg, want_logp=True):
     support[:, 0] = ~inside if cfg.add_sampled else False
     logq = torch.cat([t["logp"][:, None], t["logq"]], 1)
     kind = dict(
-        renormalise=cfg.renormalise,
-        log_ratio_clamp=cfg.log_ratio_clamp or None,
-        forward=cfg.loss == "fkl_topk",
+        renormalise=cfg.renormalise, log_ratio_clamp=cfg.log_ratio_clamp or None, forward=cfg.loss == "fkl_topk"
     )
     return logp, lsm_loss(z, logq, support, lse=lse, **kind), info

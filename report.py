@@ -169,9 +169,7 @@ def summary(runs, k: int) -> dict:
         found[MEAN]["problems"] = sum(x["problems"] for x in entries)
         draws.append(np.mean(draws, 0))
     for x, d in zip(found.values(), draws, strict=True):
-        low, high = interval(
-            d
-        )  # the half problems of several sets add up: keep the mean itself inside
+        low, high = interval(d)  # the half problems of several sets add up: keep the mean itself inside
         low, high = np.minimum(low, x["curve"]), np.maximum(high, x["curve"])
         x |= {"curve": list(x["curve"]), "low": list(low), "high": list(high)}
     return found
@@ -200,9 +198,7 @@ def table(found: dict, k: int) -> str:
         cells = [percent(x[f"pass@{k}"], at_k), percent(x[mean], at_1), percent(x["truncated"])]
         cells += [f"{x['length']:.0f}", percent(x["no_answer"])]
         body.append([name, str(x["problems"]), *cells])
-    return layout(
-        ["", "problems", f"pass@{k} %", f"{mean} %", "cut off %", "tokens", "no answer %"], body
-    )
+    return layout(["", "problems", f"pass@{k} %", f"{mean} %", "cut off %", "tokens", "no answer %"], body)
 
 
 def paper_table(ours: dict, k: int) -> str:
@@ -235,9 +231,7 @@ def comparison(arms: dict, k: int) -> str:
                 raise ValueError(f"{who}: {len(odd)} differ, for example (id, gold) = {min(odd)}")
             of, order = scores(sets[s]), scores(runs[0][1][s])
             if k > len(of[min(of)]):
-                raise ValueError(
-                    f"--k is {k}, but {name} has {len(of[min(of)])} samples of each problem"
-                )
+                raise ValueError(f"--k is {k}, but {name} has {len(of[min(of)])} samples of each problem")
             sides[name][i].append(np.array([of[problem] for problem in order]))
     body, (first, *others) = [], arms
     sets = [([i], s) for i, s in enumerate(common)]
@@ -280,9 +274,7 @@ def picture(curves: dict, path):
         ax.set_xticks([], minor=True)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("pass@k, %; band: 95 %")
-    fig.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False
-    )
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
     fig.tight_layout(rect=(0, 0, 1, 0.92))
     fig.savefig(path, dpi=150)
     plt.close(fig)

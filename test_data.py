@@ -24,9 +24,7 @@ def bpe():
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     inner.train_from_iterator(["So x is 2.\n\nNext, y.\n\n"] * 50 + ["a = b\n"] * 50, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
 
@@ -36,9 +34,7 @@ def test_newline_tokens_come_from_the_decoded_vocabulary(bpe):
     text = "So x is 2.\n\nNext, y.\n\na = b\n"
     tokens = bpe(text, add_special_tokens=False)["input_ids"]
     assert any(len(bpe.decode([i])) > 1 for i in ids)  # such as ".\n\n"
-    assert [i in ids for i in tokens] == ["\n" in bpe.decode([i]) for i in tokens] and ids & set(
-        tokens
-    )
+    assert [i in ids for i in tokens] == ["\n" in bpe.decode([i]) for i in tokens] and ids & set(tokens)
 
 
 @needs_real
@@ -71,9 +67,7 @@ def test_shuffle_and_limit_are_functions_of_the_seed(tmp_path):
     assert load() == [f"q{i}" for i in range(50)]
     assert load(seed=1) == load(seed=1) != load(seed=2) and sorted(load(seed=1)) == sorted(load())
     assert load(limit=5) == load()[:5]
-    assert [p.prompt for p in data.load("toy", limit=9)] == [
-        p.prompt for p in data.load("toy", limit=20)
-    ][:9]
+    assert [p.prompt for p in data.load("toy", limit=9)] == [p.prompt for p in data.load("toy", limit=20)][:9]
 
 
 def test_templates(bpe):
@@ -82,9 +76,7 @@ def test_templates(bpe):
     assert tok.decode(data.encode(chat, tok)) == "<bos>1+1=?\n"
     assert tok.decode(data.encode(question, tok, "raw")) == "<bos>1+1"
     assert tok.decode(data.encode(question, tok, "{question}=?\\n")) == "<bos>1+1=?\n"
-    plain = bpe.decode(
-        data.encode(question, bpe)
-    )  # no chat template: question, instruction, answer
+    plain = bpe.decode(data.encode(question, bpe))  # no chat template: question, instruction, answer
     assert plain == data.PLAIN.replace("{question}", "1+1") and "\\boxed{}" in plain
     bpe.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     assert bpe.decode(data.encode(question, bpe)) == f"[1+1\n{data.INSTRUCTION}]>"
@@ -97,10 +89,7 @@ def test_stream_is_deterministic_and_goes_on_from_its_position():
     make = lambda: data.PromptStream(problems, tok, "auto", 64, seed=3)  # noqa: E731
     a = make()
     order = [a.next()[0].id for _ in range(20)]
-    assert (
-        sorted(order[:7]) == sorted(order[7:14]) == sorted(p.id for p in problems)
-        and order[:7] != order[7:14]
-    )
+    assert sorted(order[:7]) == sorted(order[7:14]) == sorted(p.id for p in problems) and order[:7] != order[7:14]
     b = make()
     b.position = 9
     assert [b.next()[0].id for _ in range(11)] == order[9:]
@@ -108,9 +97,7 @@ def test_stream_is_deterministic_and_goes_on_from_its_position():
 
 def test_overlong_prompts_are_dropped_and_counted():
     tok = toy.tokenizer()
-    problems = [
-        data.Problem(str(i), [{"role": "user", "content": "1" * i}], "1") for i in (3, 30, 5)
-    ]
+    problems = [data.Problem(str(i), [{"role": "user", "content": "1" * i}], "1") for i in (3, 30, 5)]
     stream = data.PromptStream(problems, tok, "auto", 10, seed=0)
     assert {stream.next()[0].id for _ in range(40)} == {"3", "5"}
     assert stream.dropped == stream.position - 40 == 20
@@ -121,9 +108,7 @@ def test_shared_vocab_compares_maps_not_sizes():
     padded.add_tokens(["<pad-1>", "<pad-2>"])
     assert data.shared_vocab(small, padded) == data.shared_vocab(padded, small) == len(toy.VOCAB)
     vocab = {**toy.ID, "a": toy.ID["b"], "b": toy.ID["a"]}
-    swapped = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    )
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
     with pytest.raises(ValueError, match="2 tokens differ"):
         data.shared_vocab(other, swapped)
 
@@ -131,10 +116,7 @@ def test_shared_vocab_compares_maps_not_sizes():
 def rollouts(n=11):
     g = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 40, (n,), generator=g).tolist()
-    return [
-        Rollout([1] * (1 + i % 3), [4 + i] * x, [-float(i)] * x, "stop")
-        for i, x in enumerate(lengths)
-    ]
+    return [Rollout([1] * (1 + i % 3), [4 + i] * x, [-float(i)] * x, "stop") for i, x in enumerate(lengths)]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
@@ -142,24 +124,16 @@ def test_every_rollout_is_in_one_micro_batch_of_one_rank(world):
     """Minibatches, shares of the ranks and micro-batches: nothing lost, nothing twice, equal counts."""
     cfg = TrainConfig(minibatches=2, micro_tokens=90)
     newline = torch.zeros(42).bool()
-    parts = [
-        data.make_batches(rollouts(), cfg, 5, rank, world, newline, "cpu") for rank in range(world)
-    ]
+    parts = [data.make_batches(rollouts(), cfg, 5, rank, world, newline, "cpu") for rank in range(world)]
     for m in range(2):
         assert len({len(part[m]) for part in parts}) == 1  # no rank waits for another
     batches = [batch for part in parts for minibatch in part for batch in minibatch]
-    found = sorted(
-        int(t[0])
-        for b in batches
-        for t in [b.tokens[b.rows == r] for r in range(len(b.ids))]
-        if len(t)
-    )
+    found = sorted(int(t[0]) for b in batches for t in [b.tokens[b.rows == r] for r in range(len(b.ids))] if len(t))
     assert found == [4 + i for i in range(11)]
     for batch in batches:
         assert batch.ids.numel() <= 90 or len(batch.ids) == 1
         assert (
-            torch.equal(batch.ids[batch.rows, batch.cols + 1], batch.tokens)
-            and len(batch.tokens) == batch.mask.sum()
+            torch.equal(batch.ids[batch.rows, batch.cols + 1], batch.tokens) and len(batch.tokens) == batch.mask.sum()
         )
         assert torch.equal(batch.sampler_logp, -(batch.tokens - 4).float())
     shares = [sum(len(b.tokens) for minibatch in part for b in minibatch) for part in parts]

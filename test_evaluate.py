@@ -48,10 +48,7 @@ class FakeSampler:
         texts = [f"\\boxed{{{'7' if seed % 3 == 0 else seed % 11 + 20}}}" for seed in seeds]
         finish = ["length" if seed % 5 == 0 else "stop" for seed in seeds]
         responses = [list(text.encode()) for text in texts]
-        return [
-            rollout.Rollout(p, r, [0.0] * len(r), f)
-            for p, r, f in zip(prompts, responses, finish, strict=True)
-        ]
+        return [rollout.Rollout(p, r, [0.0] * len(r), f) for p, r, f in zip(prompts, responses, finish, strict=True)]
 
 
 PROBLEMS = [Problem(f"p{i}", f"question {i}?", "7") for i in range(10)]
@@ -63,17 +60,13 @@ SAMPLING = dict(max_tokens=8, temperature=1.0, top_p=0.9, top_k=0)
 
 
 def test_evaluate_counts_what_the_sampler_gave():
-    found, rows = evaluate.evaluate(
-        FakeSampler(), FakeTokenizer(), PROBLEMS, k=2, n=4, batch=12, **SAMPLING
-    )
+    found, rows = evaluate.evaluate(FakeSampler(), FakeTokenizer(), PROBLEMS, k=2, n=4, batch=12, **SAMPLING)
     assert list(found) == ["pass@2", "mean@4", "truncated", "length", "no_answer"]
     seeds = [[rollout.seed_for("eval", 0, p.id, i) for i in range(4)] for p in PROBLEMS]
     assert [row["seed"] for row in rows] == sum(seeds, [])
     right = [[seed % 3 == 0 for seed in of] for of in seeds]
     assert found["mean@4"] == pytest.approx(np.mean(right))
-    assert found["pass@2"] == pytest.approx(
-        report.pass_at_k(4, [sum(x) for x in right])[:, 1].mean()
-    )
+    assert found["pass@2"] == pytest.approx(report.pass_at_k(4, [sum(x) for x in right])[:, 1].mean())
     assert found["truncated"] == pytest.approx(np.mean([row["seed"] % 5 == 0 for row in rows]))
     assert found["no_answer"] == 0
 
@@ -85,9 +78,7 @@ def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypat
     assert [len(part) for part in evaluate.cut(named, 2, 7)] == [6, 6, 6, 2]
     shares = []
     for rank in range(3):
-        fake = dict(
-            is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: 3
-        )
+        fake = dict(is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: 3)
         monkeypatch.setattr(evaluate, "dist", SimpleNamespace(**fake))
         shares += [job[1].id for part in evaluate.cut(named, 1, 2) for job in part]
     assert sorted(shares) == sorted(p.id for p in PROBLEMS)
@@ -99,14 +90,8 @@ def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypat
 
 def make_config(tmp_path, **settings):
     data = tmp_path / "set.jsonl"
-    data.write_text(
-        "".join(
-            json.dumps(dict(id=p.id, problem=p.prompt, answer=p.answer)) + "\n" for p in PROBLEMS
-        )
-    )
-    defaults = dict(
-        model="fake", data=str(data), out=str(tmp_path / "out"), k=2, n=4, batch=8, max_tokens=8
-    )
+    data.write_text("".join(json.dumps(dict(id=p.id, problem=p.prompt, answer=p.answer)) + "\n" for p in PROBLEMS))
+    defaults = dict(model="fake", data=str(data), out=str(tmp_path / "out"), k=2, n=4, batch=8, max_tokens=8)
     return EvalConfig(**defaults | settings)
 
 
@@ -114,10 +99,7 @@ def without_model(monkeypatch):
     """evaluate.py with a sampler and a tokenizer that need no model; the sampler."""
     sampler = FakeSampler()
     context = SimpleNamespace(max_position_embeddings=512)
-    for auto, found in (
-        (transformers.AutoTokenizer, FakeTokenizer()),
-        (transformers.AutoConfig, context),
-    ):
+    for auto, found in ((transformers.AutoTokenizer, FakeTokenizer()), (transformers.AutoConfig, context)):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, found=found, **__: found)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)
     return sampler
@@ -131,12 +113,8 @@ def fake(monkeypatch):
 def test_the_command_keeps_every_completion_and_its_settings(tmp_path, fake, capsys):
     evaluate.main(make_config(tmp_path, paper=True))
     rows = report.read_rows(tmp_path / "out")
-    assert [(row["problem"], row["sample"]) for row in rows] == [
-        (p.id, i) for p in PROBLEMS for i in range(4)
-    ]
-    assert {"seed", "text", "tokens", "finish", "answer", "correct", "reason", "gold"} <= set(
-        rows[0]
-    )
+    assert [(row["problem"], row["sample"]) for row in rows] == [(p.id, i) for p in PROBLEMS for i in range(4)]
+    assert {"seed", "text", "tokens", "finish", "answer", "correct", "reason", "gold"} <= set(rows[0])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["config"]["top_p"] == 0.9 and results["versions"]["math-verify"]
     assert results["identity"]["problems of set"] and len(results["metrics"]["set"]["curve"]) == 4
@@ -183,9 +161,7 @@ def test_regrading_gives_the_same_verdicts_without_a_model(tmp_path, fake, monke
     evaluate.main(make_config(tmp_path))
     monkeypatch.delattr(rollout, "make_sampler", raising=False)
     evaluate.main(EvalConfig(regrade=str(tmp_path / "out"), k=2))
-    assert (tmp_path / "out/regraded/samples.jsonl").read_bytes() == (
-        tmp_path / "out/samples.jsonl"
-    ).read_bytes()
+    assert (tmp_path / "out/regraded/samples.jsonl").read_bytes() == (tmp_path / "out/samples.jsonl").read_bytes()
     assert "0 of 40 verdicts changed" in capsys.readouterr().out
 
 
@@ -222,16 +198,10 @@ def run_child(tmp_path, out, kill_after=None):
     """The command in a process of its own; True if it ended by itself."""
     code = CHILD.format(here=str(HERE), folder=str(tmp_path), out=str(tmp_path / out))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
+    child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if kill_after is not None:
         deadline = time.monotonic() + 60
-        while (
-            not (tmp_path / out / "identity.json").exists()
-            and child.poll() is None
-            and time.monotonic() < deadline
-        ):
+        while not (tmp_path / out / "identity.json").exists() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)  # starting up is most of its time; the kill should come after it
         time.sleep(kill_after)
         child.send_signal(signal.SIGKILL)

@@ -49,9 +49,7 @@ def slow_spans(newlines, block, lo, hi):
     return cut
 
 
-def slow_gate(
-    new, old, mask, newline, kind, tau=1.0, stat="mean", block=64, span_min=16, span_max=128
-):
+def slow_gate(new, old, mask, newline, kind, tau=1.0, stat="mean", block=64, span_min=16, span_max=128):
     """Eq. 1 in plain Python floats."""
     out = torch.zeros(mask.shape)
     for b in range(len(mask)):
@@ -131,9 +129,7 @@ def test_limits_block_one_is_token_and_block_T_is_sequence():
     T = mask.shape[1]
     assert torch.equal(gate(new, old, mask, "block", block=1)[0], gate(new, old, mask, "token")[0])
     for block in (T, 10 * T):
-        assert torch.equal(
-            gate(new, old, mask, "block", block=block)[0], gate(new, old, mask, "sequence")[0]
-        )
+        assert torch.equal(gate(new, old, mask, "block", block=block)[0], gate(new, old, mask, "sequence")[0])
 
 
 def test_blocks_restart_at_each_response_and_the_last_is_ragged():
@@ -169,10 +165,7 @@ def test_response_without_tokens_is_finite_and_contributes_nothing():
     assert torch.equal(normalise(empty, empty), empty)
     assert gate_stats(empty, empty, empty, empty) == {}
     nothing = torch.zeros(3, 0)
-    assert all(
-        gate(nothing, nothing, nothing.bool(), k, newline=nothing.bool())[0].shape == (3, 0)
-        for k in KINDS
-    )
+    assert all(gate(nothing, nothing, nothing.bool(), k, newline=nothing.bool())[0].shape == (3, 0) for k in KINDS)
 
 
 def test_no_gradient_and_no_writes_to_inputs():
@@ -182,9 +175,7 @@ def test_no_gradient_and_no_writes_to_inputs():
     kept = [x.clone() for x in (new.detach(), old, mask, newline)]
     for kind in KINDS:
         assert not gate_weights(new, old, mask, kind, newline=newline).requires_grad
-    assert all(
-        torch.equal(a, b) for a, b in zip(kept, (new.detach(), old, mask, newline), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(kept, (new.detach(), old, mask, newline), strict=True))
 
 
 def test_normalised_gate_has_mean_one():
@@ -199,9 +190,7 @@ def test_signed_mean_cancels_and_the_others_do_not():
     new = torch.tensor([[0.5, -0.5]])
     assert (gate(new, old, mask, "block")[0] == 1).all()
     for stat in ("absmean", "rms"):
-        torch.testing.assert_close(
-            gate(new, old, mask, "block", stat=stat)[0][0, 0].item(), math.exp(-0.5)
-        )
+        torch.testing.assert_close(gate(new, old, mask, "block", stat=stat)[0][0, 0].item(), math.exp(-0.5))
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -253,9 +242,7 @@ def test_stats_by_hand():
         s_abs=0.45,
         s_max=1.0,
     )
-    assert {k: round(float(v), 5) for k, v in stats.items()} == {
-        k: round(v, 5) for k, v in expected.items()
-    }
+    assert {k: round(float(v), 5) for k, v in stats.items()} == {k: round(v, 5) for k, v in expected.items()}
 
 
 def test_extreme_values_stay_finite():
@@ -289,6 +276,4 @@ def test_wrong_arguments_say_what_is_wrong(options, message):
 def test_shapes_must_agree():
     with pytest.raises(ValueError, match="shapes differ"):
         gate(torch.zeros(1, 3), torch.zeros(1, 4), torch.zeros(1, 3))
-    assert segment_drift(torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3).long()).tolist() == [
-        [1, 1, 1]
-    ]
+    assert segment_drift(torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3).long()).tolist() == [[1, 1, 1]]

@@ -17,30 +17,8 @@ FORMS = [
     r"m+n=70", r"70 \text{ degrees}", r"\$70", r"\(70\)", r"\boxed{70}", r"\frac{140}{2}", r"7 \times 10", r"\textbf{(C)}\ 70",
     r"\textbf{(C) }70", "70,", r"70\ ", r"70~", r"\bf 70", "**70**", "+70", r"\left(70\right)", r"\displaystyle 70", "70 cm",
 ]  # fmt: skip
-THOUSAND = [
-    "1024",
-    "1,024",
-    "1{,}024",
-    r"1\,024",
-    "1 024",
-    r"1,\!024",
-    "1024.00",
-    "01024",
-    "2^{10}",
-]
-WRONG = [
-    "-70",
-    "0.70",
-    "700",
-    "7",
-    "7 0",
-    r"\frac{70}{2}",
-    "70x",
-    "71",
-    "70, 71",
-    r"\text{seventy}",
-    "(70, 70)",
-]
+THOUSAND = ["1024", "1,024", "1{,}024", r"1\,024", "1 024", r"1,\!024", "1024.00", "01024", "2^{10}"]
+WRONG = ["-70", "0.70", "700", "7", "7 0", r"\frac{70}{2}", "70x", "71", "70, 71", r"\text{seventy}", "(70, 70)"]
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +38,8 @@ def problems(name):
 
 
 def test_an_integer_in_any_usual_form_is_right_and_another_number_is_wrong(grader):
-    for forms, gold, expected in (
-        (FORMS, "70", True),
-        (THOUSAND, "1024", True),
-        (WRONG, "70", False),
-    ):
-        found = {
-            form: verdict[1]
-            for form, verdict in zip(forms, grade(grader, forms, gold), strict=True)
-        }
+    for forms, gold, expected in ((FORMS, "70", True), (THOUSAND, "1024", True), (WRONG, "70", False)):
+        found = {form: verdict[1] for form, verdict in zip(forms, grade(grader, forms, gold), strict=True)}
         assert found == dict.fromkeys(forms, expected)
 
 
@@ -92,9 +63,7 @@ def test_every_aime_and_amc_answer_is_right_in_every_form(grader):
         for row, gold in zip(rows, golds, strict=True)
         for form in forms
     ]
-    wrong = [
-        case for case, verdict in zip(cases, grader.grade(cases), strict=True) if not verdict[1]
-    ]
+    wrong = [case for case, verdict in zip(cases, grader.grade(cases), strict=True) if not verdict[1]]
     assert not wrong
 
 
@@ -206,10 +175,7 @@ def test_a_verdict_does_not_depend_on_what_was_graded_before():
 
 def test_a_thousand_ordinary_answers_grade_in_seconds(grader):
     random.seed(0)
-    cases = [
-        (f"\\boxed{{\\frac{{{random.randrange(1, 999)}}}{{{i + 2}}}}}", r"\frac{3}{4}", True)
-        for i in range(1000)
-    ]
+    cases = [(f"\\boxed{{\\frac{{{random.randrange(1, 999)}}}{{{i + 2}}}}}", r"\frac{3}{4}", True) for i in range(1000)]
     start = time.perf_counter()
     grader.grade(cases)
     assert time.perf_counter() - start < 20  # 2 s on an idle machine

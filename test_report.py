@@ -13,9 +13,7 @@ def make_rows(correct, name="set"):
     """Rows of a table [P][n] of verdicts."""
     row = dict(data=name, finish="stop", tokens=5, reason="equal", gold="7")
     return [
-        row | dict(problem=f"p{i}", sample=j, correct=bool(c))
-        for i, of in enumerate(correct)
-        for j, c in enumerate(of)
+        row | dict(problem=f"p{i}", sample=j, correct=bool(c)) for i, of in enumerate(correct) for j, c in enumerate(of)
     ]
 
 
@@ -26,9 +24,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample():
         found = report.pass_at_k(n, [sum(row) for row in table])
         for row, k in itertools.product(range(5), range(1, n + 1)):
             subsets = list(itertools.combinations(table[row], k))
-            assert found[row, k - 1] == pytest.approx(
-                sum(map(any, subsets)) / len(subsets), abs=1e-12
-            )
+            assert found[row, k - 1] == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
 def test_intervals_cover_the_truth_about_95_times_in_100():
@@ -58,9 +54,7 @@ def test_no_or_every_problem_solved_still_has_an_interval():
 def test_a_planted_difference_is_found_and_a_null_one_is_not():
     rng = np.random.default_rng(0)
     p = rng.beta(1, 1, 60)
-    sides = [
-        report.pass_at_k(8, rng.binomial(8, x))[None, :, 0] for x in (p, p, np.clip(p + 0.2, 0, 1))
-    ]
+    sides = [report.pass_at_k(8, rng.binomial(8, x))[None, :, 0] for x in (p, p, np.clip(p + 0.2, 0, 1))]
     diff, (low, high), value = report.paired([sides[2]], [sides[0]])
     assert 0.1 < diff < 0.25 and low > 0 and value < 0.01
     diff, (low, high), value = report.paired([sides[1]], [sides[0]])
@@ -70,10 +64,7 @@ def test_a_planted_difference_is_found_and_a_null_one_is_not():
 def test_training_seeds_widen_a_comparison_by_their_own_noise():
     """Seeds that all differ from each other: two lucky ones must not look like an effect."""
     rng = np.random.default_rng(0)
-    calm, wild = (
-        0.5 + shift + rng.normal(0, 0.01, (3, 50))
-        for shift in (0.0, np.array([[-0.2], [0.1], [0.2]]))
-    )
+    calm, wild = (0.5 + shift + rng.normal(0, 0.01, (3, 50)) for shift in (0.0, np.array([[-0.2], [0.1], [0.2]])))
     narrow, wide = (report.paired([side], [calm])[1] for side in (calm + 0.03, wild))
     assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0]) > 0
     assert wide[0] < 0 < wide[1]

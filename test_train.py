@@ -41,28 +41,9 @@ def pair(tmp_path_factory):
 def flags(pair, out, **options):
     """A short run's command line; options override."""
     values = dict(
-        preset="tiny",
-        teacher=pair[0],
-        student=pair[1],
-        out=out,
-        steps=2,
-        prompts=3,
-        group=2,
-        max_response=24,
+        preset="tiny", teacher=pair[0], student=pair[1], out=out, steps=2, prompts=3, group=2, max_response=24
     )
-    values |= (
-        dict(
-            loss="opd",
-            eval_every=0,
-            block=4,
-            lr=3e-3,
-            warmup=0,
-            sample_every=0,
-            save_every=0,
-            topk=4,
-        )
-        | options
-    )
+    values |= dict(loss="opd", eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4) | options
     return [x for name, value in values.items() for x in (f"--{name}", str(value))]
 
 
@@ -90,15 +71,12 @@ def scene(pair):
     for n in (1, 3, 30, 17, 24, 2, 9):
         tokens = torch.randint(4, 42, (n,), generator=g)
         tokens[torch.rand(n, generator=g) < 0.25] = toy.ID["\n"]
-        rollouts.append(
-            rollout.Rollout([1, 5, 6, 7][: 1 + n % 4], tokens.tolist(), [-1.0] * n, "stop")
-        )
+        rollouts.append(rollout.Rollout([1, 5, 6, 7][: 1 + n % 4], tokens.tolist(), [-1.0] * n, "stop"))
 
     def make(**options):
         cfg = parse(TrainConfig, flags(pair, "unused", **options))
         student, teacher = (
-            policy.load_policy(path, cfg, 42, torch.device("cpu"), trainable=path == pair[1])
-            for path in pair[::-1]
+            policy.load_policy(path, cfg, 42, torch.device("cpu"), trainable=path == pair[1]) for path in pair[::-1]
         )
         minibatches = data.make_batches(rollouts, cfg, 0, 0, 1, newline, "cpu")
         for batch in (b for batches in minibatches for b in batches):
@@ -152,9 +130,7 @@ def test_scoring_pass_is_the_training_pass_bit_for_bit(scene):
             with torch.no_grad():
                 old = policy.score(student, batch, 1.0)
             logp, *_ = policy.position_loss(student, batch, cfg)
-            torch.testing.assert_close(
-                logp.detach(), old, rtol=0, atol=0 if loss == "opd" else 1e-5
-            )
+            torch.testing.assert_close(logp.detach(), old, rtol=0, atol=0 if loss == "opd" else 1e-5)
 
 
 def test_responses_are_scored_where_they_stand(scene):
@@ -182,9 +158,7 @@ SWITCHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name, values, options", SWITCHES, ids=[f"{s[0]}-{s[2].get('loss', '')}" for s in SWITCHES]
-)
+@pytest.mark.parametrize("name, values, options", SWITCHES, ids=[f"{s[0]}-{s[2].get('loss', '')}" for s in SWITCHES])
 def test_every_switch_does_something(scene, name, values, options):
     """Invariant 8: any two values of a switch give different updates."""
     results = [two_updates(scene, **options | {name: value})[0] for value in values]
@@ -208,17 +182,7 @@ def test_teacher_runs_once_for_a_rollout_batch(pair, tmp_path, monkeypatch):
 
 
 def test_updates_lower_the_loss(pair, tmp_path):
-    rows, _ = run(
-        pair,
-        tmp_path / "a",
-        steps=12,
-        loss="lsm",
-        topk=16,
-        lr=3e-3,
-        prompts=8,
-        group=8,
-        schedule="constant",
-    )
+    rows, _ = run(pair, tmp_path / "a", steps=12, loss="lsm", topk=16, lr=3e-3, prompts=8, group=8, schedule="constant")
     print([row["gap"] for row in rows])
     gap = [row["gap"] for row in rows]
     assert sum(gap[-3:]) < 0.7 * sum(gap[:3])
@@ -240,10 +204,7 @@ def test_resumed_run_is_the_run_that_was_not_stopped(pair, tmp_path):
     assert far(resumed, weights) == 0
 
     def timeless(rows):
-        return [
-            {k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))}
-            for row in rows
-        ]
+        return [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in rows]
 
     assert timeless(again) == timeless(rows)
 
@@ -275,43 +236,23 @@ def test_command_line_end_to_end(pair, tmp_path):
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
-    assert {"eval/pass@2", "eval/mean@2"} <= rows[0].keys() and {
-        "loss",
-        "gap",
-        "gate/ess",
-        "lr",
-    } <= rows[1].keys()
+    assert {"eval/pass@2", "eval/mean@2"} <= rows[0].keys() and {"loss", "gap", "gate/ess", "lr"} <= rows[1].keys()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template
-    assert all(
-        (tmp_path / "run" / name).stat().st_size > 5000 for name in ("curves.png", "gates.png")
-    )
+    assert all((tmp_path / "run" / name).stat().st_size > 5000 for name in ("curves.png", "gates.png"))
     assert checkpoint.latest(tmp_path / "run").name == "step-2"
     again = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
-    assert (
-        again.returncode != 0
-        and "already holds a run" in again.stderr
-        and "Traceback" not in again.stderr
-    )
+    assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
 
 
 @pytest.mark.parametrize(
-    "options",
-    [dict(loss="opd", gate="block"), dict(loss="lsm", gate="none"), dict(loss="jsd", gate="span")],
+    "options", [dict(loss="opd", gate="block"), dict(loss="lsm", gate="none"), dict(loss="jsd", gate="span")]
 )
 def test_two_ranks_are_one_process(pair, tmp_path, options):
     """FSDP2 on gloo, tied heads, unequal micro-batches: the same parameters on the same global batch."""
     options |= dict(steps=3, micro_tokens=70, minibatches=2, schedule="constant")
     _, one = run(pair, tmp_path / "one", **options)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
     command += flags(pair, tmp_path / "two", **options)
     done = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -322,10 +263,7 @@ def test_a_rank_without_tokens_takes_part(scene):
     """An empty micro-batch has zero gradients and changes nothing."""
     student, teacher, (batches,), cfg = scene(minibatches=1)
     empty = data.collate(
-        [rollout.Rollout([1, 5], [6, 2], [0.0, 0.0], "stop")],
-        torch.zeros(42).bool(),
-        "cpu",
-        empty=True,
+        [rollout.Rollout([1, 5], [6, 2], [0.0, 0.0], "stop")], torch.zeros(42).bool(), "cpu", empty=True
     )
     empty.targets = policy.teacher_targets(teacher, empty, cfg)
     sgd = torch.optim.SGD(student.parameters(), lr=0.2)

@@ -32,15 +32,7 @@ import plot
 import rollout
 from configs import TrainConfig, parse
 from gating import drift, gate
-from policy import (
-    FULL_KL,
-    full_weights,
-    head_weights,
-    load_policy,
-    position_loss,
-    score,
-    teacher_targets,
-)
+from policy import FULL_KL, full_weights, head_weights, load_policy, position_loss, score, teacher_targets
 
 # A sampler this far from the trainer (mean |log-prob| on sampled tokens, nats) holds other weights.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
@@ -100,18 +92,14 @@ def prepare(cfg):
 
 
 def sampling(cfg):
-    names = dict(
-        temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response"
-    )
+    names = dict(temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response")
     return {name: getattr(cfg, field) for name, field in names.items()}
 
 
 def sample(sampler, jobs, cfg, rank, world):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    parts = checkpoint.gather(
-        sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg))
-    )
+    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
@@ -120,10 +108,7 @@ def held_out_gap(policy, teacher, minibatches, cfg):
     """Reverse KL of student to teacher, nats a token, estimated on the student's own responses."""
     total = torch.zeros(2)
     for batch in (batch for minibatch in minibatches for batch in minibatch):
-        gap = (
-            score(policy, batch, cfg.temperature).cpu()
-            - teacher_targets(teacher, batch, cfg)["logp"]
-        )
+        gap = score(policy, batch, cfg.temperature).cpu() - teacher_targets(teacher, batch, cfg)["logp"]
         total += torch.tensor([gap.sum(), gap.numel()])
     total = sum(checkpoint.gather(total))
     return (total[0] / total[1]).item()
@@ -132,9 +117,7 @@ def held_out_gap(policy, teacher, minibatches, cfg):
 def update(policy, optimizer, batches, cfg, want_logp):
     """One optimizer step on a minibatch: micro-batches add up sum(g * loss), and the gradient is divided by sum(g) once."""
     sums, tracks = torch.zeros(2, device=batches[0].ids.device), []
-    gate_options = {
-        name: getattr(cfg, name) for name in ("tau", "stat", "block", "span_min", "span_max")
-    }
+    gate_options = {name: getattr(cfg, name) for name in ("tau", "stat", "block", "span_min", "span_max")}
     for batch in batches:
         logp, loss, info = position_loss(policy, batch, cfg, want_logp)
         g = torch.ones_like(loss)
@@ -159,11 +142,7 @@ def update(policy, optimizer, batches, cfg, want_logp):
     if norm.isfinite():
         optimizer.step()
     optimizer.zero_grad()
-    return tracks, {
-        "loss": (sums[0] / sums[1]).item(),
-        "grad_norm": norm.item(),
-        "skipped": float(not norm.isfinite()),
-    }
+    return tracks, {"loss": (sums[0] / sums[1]).item(), "grad_norm": norm.item(), "skipped": float(not norm.isfinite())}
 
 
 def learning_rate(cfg, step):
@@ -283,9 +262,7 @@ def main(cfg):
     checkpoint.save_model(out / "final", policy, tokenizer)
     if rank == 0:
         plot.draw(out)
-        say(
-            f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened"
-        )
+        say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
     if world > 1:
         dist.destroy_process_group()
 
