@@ -39,7 +39,7 @@ class TrainConfig:
         "auto: the tokenizer's chat template if it has one, else plain; chat; plain; raw; or a text with {question}",
     )
     max_prompt: int = arg(2048, "tokens; longer prompts are dropped and counted")
-    trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
+    trust_remote_code: bool = arg(False, "let model repositories run their own Python")
     # the gate (paper, Eq. 1)
     gate: Literal["none", "token", "block", "span", "sequence"] = arg("block", "what one drift gate covers")
     block: int = arg(64, "tokens in a block; for span, where a response has no newline")
@@ -104,7 +104,7 @@ class EvalConfig:
     data: str = arg("", "names or files, comma-separated; default: toy for the toy's models, else the paper's four")
     template: str = arg("auto", "as in training: auto, chat, plain, raw, or a text with {question}")
     limit: int = arg(0, "problems of each set; 0: all")
-    trust_remote_code: bool = arg(False, "let model and dataset repositories run their own Python")
+    trust_remote_code: bool = arg(False, "let model repositories run their own Python")
     k: int = arg(8, "pass@k")
     n: int = arg(0, "responses a problem, at least k; 0: k. More make pass@k more exact")
     # sampling

@@ -37,7 +37,7 @@ class Problem:
     answer: str
 
 
-def load(name: str, *, seed: int | None = None, limit: int = 0, trust_remote_code=False) -> list[Problem]:
+def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
     """Problems of a benchmark's name, a hub dataset, a .jsonl or .parquet file, or "toy".
 
     seed: shuffle (None: the dataset's own order; for toy, the held-out problems). Repeated prompts are
@@ -64,7 +64,7 @@ def load(name: str, *, seed: int | None = None, limit: int = 0, trust_remote_cod
             raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
     else:
         path, config, split = HUB.get(name, (name, None, "train"))
-        rows = datasets.load_dataset(path, config, split=split, trust_remote_code=trust_remote_code or None)
+        rows = datasets.load_dataset(path, config, split=split)
     if seed is not None:
         rows = rows.shuffle(seed=seed)
     rows = rows.select(range(min(len(rows), MOST)))

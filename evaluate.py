@@ -164,7 +164,7 @@ def prepare(cfg):
         cfg.data = "toy" if tokenizer.get_vocab() == toy.tokenizer().get_vocab() else BENCHMARKS
     cfg.n, cfg.model = cfg.n or cfg.k, model
     names = {Path(name).stem: name for name in cfg.data.split(",")}
-    sets = {s: data.load(name, limit=cfg.limit, **code) for s, name in names.items()}
+    sets = {s: data.load(name, limit=cfg.limit) for s, name in names.items()}
     problems = [(s, p) for s in sets for p in sets[s]]
     ids = [(s, p.id) for s, p in problems]
     if len(names) < len(cfg.data.split(",")) or len(set(ids)) < len(ids):
@@ -270,7 +270,7 @@ def main(cfg):
     try:
         (report.compare if cfg.compare else regrade if cfg.regrade else run)(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        sys.exit(f"evaluate.py: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

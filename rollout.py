@@ -168,7 +168,7 @@ def vllm_device():
 
 
 def repack_head(worker):
-    """The CPU backend of vLLM 0.32 packs a tied head when it loads and on no reload: its logits would stay old."""
+    """vLLM 0.32 on a CPU packs a tied head when it loads, and not when a reload brings the embedding: logits stay old."""
     head = getattr(worker.get_model(), "lm_head", None)
     if hasattr(head, "quant_method"):
         head.quant_method.process_weights_after_loading(head)

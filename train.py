@@ -52,7 +52,7 @@ def init_device(cfg):
     return rank, world, torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
 
 
-def prepare(cfg):
+def prepare(cfg, device):
     """All that can be wrong before a model loads: the output folder, tokenizers, lengths, data. Raises ValueError, OSError."""
     from transformers import AutoConfig, AutoTokenizer
 
@@ -63,6 +63,7 @@ def prepare(cfg):
         )
     if cfg.resume and not checkpoint.latest(out):
         raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    rollout.choose(cfg.rollout, device.type)  # raises where vLLM is asked for and cannot run
     paths = {"teacher": cfg.teacher, "student": cfg.student}
     if "toy" in paths.values():
         import toy
@@ -82,12 +83,15 @@ def prepare(cfg):
     if cfg.topk > vocab:
         raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
     tokenizer = tokenizers["student"]
-    problems = data.load(cfg.data, seed=cfg.seed, **code)
+    problems = data.load(cfg.data, seed=cfg.seed)
     stream = data.PromptStream(problems, tokenizer, cfg.template, cfg.max_prompt, cfg.seed)
     stream.next()  # says where every prompt is too long
     stream.position = stream.dropped = 0
     names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
-    held_out = {name: data.load(name, limit=cfg.eval_problems, **code) for name in names}
+    held_out = {name: data.load(name, limit=cfg.eval_problems) for name in names}
+    for problem in (problem for name in held_out for problem in held_out[name]):
+        if (n := len(data.encode(problem, tokenizer, cfg.template))) > cfg.max_prompt:
+            raise ValueError(f"held-out problem {problem.id} has {n} tokens, more than --max_prompt {cfg.max_prompt}")
     return paths, tokenizer, vocab, stream, held_out
 
 
@@ -160,9 +164,9 @@ def main(cfg):
     say(f"preset {cfg.preset}, {device}, {world} rank(s)")
     prepared = error = None
     try:
-        prepared = prepare(cfg)
+        prepared = prepare(cfg, device)
     except (ValueError, OSError) as e:
-        error = str(e)
+        error = " ".join(str(e).split())
     if errors := [e for e in checkpoint.gather(error) if e]:  # every rank has looked before one writes
         sys.exit(f"train.py: {errors[0]}" if rank == 0 else 1)
     paths, tokenizer, vocab, stream, held_out = prepared

@@ -1,0 +1,200 @@
+"""python -m pytest test_vllm.py      (a real engine, on the device that the installed vLLM is for; minutes)"""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from rollout import VLLMSampler, choose, vllm_device
+
+if importlib.util.find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed (requirements-vllm.txt)", allow_module_level=True)
+
+V, ROWS, STOPS, MAX_LEN = 40, 48, [1, 2], 512  # the last 8 of the embedding's rows only pad
+PLAIN = dict(max_tokens=16, temperature=1.0, top_p=1.0, top_k=0)
+PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7], [20, 21]]
+SEEDS = [11, 12, 13, 2**62 + 14, 15]
+TOLERANCE = 1e-4 if vllm_device() == "cpu" else 0.1  # nats: fp32, and bf16 against fp32
+
+
+def save_tiny(folder, tied):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=ROWS, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=32, initializer_range=0.15, tie_word_embeddings=tied,
+        max_position_embeddings=MAX_LEN, eos_token_id=1,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@torch.no_grad()
+def disturb(model, seed):
+    """What an update does to the weights, and much more of it."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.add_(0.2 * p.std() * torch.randn(p.shape, generator=generator))
+
+
+@torch.no_grad()
+def disagreement(model, rollouts):
+    """Largest |log-prob of the sampler - transformers'|, nats."""
+    worst = 0.0
+    for r in rollouts:
+        logits = model(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
+        own = logits.log_softmax(-1).gather(1, torch.tensor(r.response)[:, None])[:, 0]
+        worst = max(worst, (own - torch.tensor(r.logprobs)).abs().max().item())
+    return worst
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def pair(request, tmp_path_factory):
+    """(sampler, model with the weights it started from). Tests may leave other weights in both, the same."""
+    folder = save_tiny(tmp_path_factory.mktemp("student"), request.param)
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    sampler = VLLMSampler(folder, STOPS, V, max_len=MAX_LEN)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[2])
+    assert (np.random.get_state()[1] == before[1]).all()
+    return sampler, AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_every_sync_brings_the_new_weights(pair):
+    """The long prompt fills blocks of the prefix cache, which no sync may leave behind."""
+    sampler, model = pair
+    prompts, seeds = PROMPTS + [[5 + i % 30 for i in range(400)]] * 2, SEEDS + [16, 17]
+    first = sampler.sample(prompts, seeds, **PLAIN)
+    assert disagreement(model, first) < TOLERANCE
+    for step in range(3):
+        disturb(model, step)
+        stale = disagreement(model, first)
+        # a tied head's own name is in the first and not in the second; Llama's loader skips it in both
+        sampler.sync(model.state_dict().items() if step == 1 else model.named_parameters())
+        found = sampler.sample(prompts, seeds, **PLAIN)
+        assert disagreement(model, found) < TOLERANCE < 0.3 < stale
+        sampler.sleep()  # frees a GPU; nothing to do on a CPU
+    assert disagreement(model, sampler.sample(prompts, seeds, **PLAIN)) < TOLERANCE
+
+
+def test_a_rollout_depends_on_its_seed_and_prompt_alone(pair):
+    sampler, _ = pair
+    whole = sampler.sample(PROMPTS, SEEDS, **PLAIN)
+    turned = sampler.sample(PROMPTS[::-1], SEEDS[::-1], **PLAIN)[::-1]
+    alone = [sampler.sample([p], [s], **PLAIN)[0] for p, s in zip(PROMPTS, SEEDS, strict=True)]
+    assert [r.prompt for r in whole] == PROMPTS
+    for other in (turned, alone):
+        assert [r.response for r in other] == [r.response for r in whole]
+    many = sampler.sample([[5, 6]] * 20, range(20), **PLAIN | {"max_tokens": 12})
+    assert len({tuple(r.response) for r in many}) > 15
+
+
+def test_it_stops_at_any_stop_id_keeps_it_and_never_draws_padding(pair):
+    sampler, model = pair
+    found = sampler.sample([[5, 6]] * 150, range(150), **PLAIN)
+    stopped = [r for r in found if r.finish == "stop"]
+    cut = [r for r in found if r.finish == "length"]
+    assert len(stopped) + len(cut) == 150 and cut
+    assert {r.response[-1] for r in stopped} == set(STOPS)
+    assert all(len(r.response) == 16 and not set(r.response) & set(STOPS) for r in cut)
+    assert max(t for r in found for t in r.response) < V
+    assert all(len(r.logprobs) == len(r.response) for r in found)
+
+
+@pytest.mark.parametrize("change", [{"temperature": 0.6}, {"top_p": 0.5}, {"top_k": 3}])
+def test_sampling_options_work_and_log_probs_stay_raw(pair, change):
+    sampler, model = pair
+    found = sampler.sample([[5, 6, 7]] * 300, range(300), **PLAIN | {"max_tokens": 1} | change)
+    assert disagreement(model, found) < TOLERANCE
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 7]])).logits[0, -1, :V] / change.get("temperature", 1)
+    p, order = logits.softmax(-1).sort(descending=True)
+    p[p.cumsum(0) - p >= change.get("top_p", 1)] = 0
+    p[change.get("top_k", 0) or V :] = 0
+    p = torch.zeros(V).scatter_(0, order, p / p.sum())
+    count = torch.bincount(torch.tensor([r.response[0] for r in found]), minlength=V)
+    assert (count - 300 * p).abs().le(4.5 * (300 * p * (1 - p)).sqrt() + 1e-9).all()
+
+
+def test_the_trainers_random_state_and_threads_stay(pair):
+    sampler, model = pair
+    threads = torch.get_num_threads()
+    before = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
+    sampler.sync(model.state_dict().items())
+    sampler.sample(PROMPTS, SEEDS, **PLAIN)
+    assert random.getstate() == before[0] and torch.equal(torch.get_rng_state(), before[2])
+    assert (np.random.get_state()[1] == before[1]).all()
+    torch.set_num_threads(threads + 1)  # vLLM makes this a no-op on a CPU
+    assert torch.get_num_threads() == threads + 1
+    torch.set_num_threads(threads)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error(pair):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=f"maximum context length is {MAX_LEN}"):
+        pair[0].sample([[5] * (MAX_LEN + 1)], [0], **PLAIN)
+
+
+def test_no_prompts_give_no_rollouts(pair):
+    assert pair[0].sample([], [], **PLAIN) == []
+
+
+def test_the_users_environment_wins(monkeypatch):
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "INFO")
+    monkeypatch.delenv("VLLM_NO_USAGE_STATS")
+    vllm_device()
+    assert (os.environ["VLLM_LOGGING_LEVEL"], os.environ["VLLM_NO_USAGE_STATS"]) == ("INFO", "1")
+
+
+def test_asking_for_vllm_gives_it_on_its_own_device_only():
+    here, other = vllm_device(), {"cpu": "cuda", "cuda": "cpu"}[vllm_device()]
+    assert choose("vllm", here) == ("vllm", "as asked")
+    assert choose("auto", "cuda")[0] == ("vllm" if here == "cuda" else "hf")
+    with pytest.raises(ValueError, match=f"runs on {here}, not on {other}"):
+        choose("vllm", other)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_two_ranks_have_an_engine_each_or_share_one(tmp_path, tp):
+    if vllm_device() != "cpu" and torch.cuda.device_count() < 2:
+        pytest.skip("two ranks need two GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [__file__, save_tiny(tmp_path / "student", tied=True), str(tp)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("rank in step") == 2, done.stdout
+
+
+def one_rank(folder, tp):
+    """Ranks with unlike numbers of prompts; the trainer's process group must outlive the engine's use of it."""
+    backend = "gloo" if vllm_device() == "cpu" else "nccl"
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend)
+    rank = dist.get_rank()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    sampler = VLLMSampler(folder, STOPS, V, max_len=MAX_LEN, tp=tp)
+    prompts = PROMPTS[: 3 + rank]
+    for step in range(2):
+        found = sampler.sample(prompts, SEEDS[: len(prompts)], **PLAIN)
+        assert [r.prompt for r in found] == prompts
+        assert disagreement(model, found) < TOLERANCE
+        disturb(model, step)
+        sampler.sync(model.state_dict().items())
+    del sampler
+    parts = [None, None]
+    dist.all_gather_object(parts, [r.response for r in found])
+    assert parts[0] == parts[1][:3]  # whichever rank samples it
+    dist.destroy_process_group()
+    print("rank in step", flush=True)
+
+
+if __name__ == "__main__":
+    one_rank(sys.argv[1], int(sys.argv[2]))
