@@ -188,7 +188,9 @@ class VLLMSampler:
         self.cuda, self.stops, self.tp, self.asleep = vllm_device() == "cuda", stops, tp, False
         from vllm import LLM
 
-        options = dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=CPU_KV_CACHE)
+        # On a CPU, vLLM 0.32 fails on a seeded request whose prompt it has cut in two.
+        options = dict(dtype="float32", enforce_eager=True, enable_chunked_prefill=False)
+        options |= dict(kv_cache_memory_bytes=CPU_KV_CACHE)
         if self.cuda:
             options = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
         if world > 1:

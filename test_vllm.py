@@ -1,10 +1,12 @@
 """python -m pytest test_vllm.py      (a real engine, on the device that the installed vLLM is for; minutes)"""
 
 import importlib.util
+import json
 import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from rollout import VLLMSampler, choose, vllm_device
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (requirements-vllm.txt)", allow_module_level=True)
 
+HERE = Path(__file__).parent
 V, ROWS, STOPS, MAX_LEN = 40, 48, [1, 2], 512  # the last 8 of the embedding's rows only pad
 PLAIN = dict(max_tokens=16, temperature=1.0, top_p=1.0, top_k=0)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7], [20, 21]]
@@ -198,3 +201,27 @@ def one_rank(folder, tp):
 
 if __name__ == "__main__":
     one_rank(sys.argv[1], int(sys.argv[2]))
+
+
+def test_more_prompts_than_one_batch_holds(tmp_path):
+    """6,000 prompt tokens at once, each request with a seed of its own."""
+    sampler = VLLMSampler(save_tiny(tmp_path / "many", True), STOPS, V, max_len=64)
+    rollouts = sampler.sample([[5 + i % 30] * 30 for i in range(200)], list(range(200)), **PLAIN)
+    assert len(rollouts) == 200 and all(r.response for r in rollouts)
+
+
+def test_training_with_vllm_from_the_command_line(tmp_path):
+    """Four steps: the sampler is in step with the trainer after every sync, and the gates see drift."""
+    import toy
+
+    for role, hidden in (("teacher", 64), ("student", 32)):
+        toy.model(hidden, 2, seed=len(role)).save_pretrained(tmp_path / role)
+        toy.tokenizer().save_pretrained(tmp_path / role)
+    pair = [f"--teacher={tmp_path / 'teacher'}", f"--student={tmp_path / 'student'}"]
+    flags = "--preset tiny --rollout vllm --steps 4 --prompts 4 --group 4 --max_response 32 --eval_every 0 --lr 1e-3"
+    command = [sys.executable, "train.py", *flags.split(), *pair, f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4 and all(row["rollout/out_of_step_max"] < 1e-3 for row in rows)
+    assert all(row["gate/drift_abs"] > 0 for row in rows)
