@@ -1,7 +1,12 @@
 """python -m pytest test_toy.py"""
 
+import json
+import os
 import re
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,79 +16,156 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
 
+TINY = {
+    role: dict(hidden=32, heads=2, layers=1, steps=2, lr=1e-3, drop=0.5, seed=len(role))
+    for role in ("teacher", "student")
+}
 
-def check(text, question_answer=None):
-    """A slow reader of a worked answer: (right everywhere, how many lines forget their carry)."""
-    question, *lines, boxed = text.removeprefix("<bos>").removesuffix("<eos>").split("\n")
-    numbers = [int(x) for x in re.findall(r"\d\d", question)]
-    total, right, forgotten = numbers[0], True, 0
-    for x, line in zip(numbers[1:], lines, strict=True):
-        label, a, b, ones, tens, new = re.fullmatch(r"([a-t])(\d\d)\+(\d\d):(\d\d),(\d\d)=(\d\d)", line).groups()
-        assert int(a) == x and int(b) == total and int(ones) == x % 10 + total % 10
-        carry = int(tens) - x // 10 - total // 10
-        assert carry in (0, int(ones) // 10)
-        forgotten += carry != int(ones) // 10
-        total = int(tens) % 10 * 10 + int(ones) % 10
-        assert int(new) == total
-    right = total == sum(numbers) % 100
-    assert boxed == f"\\boxed{{{total:02d}}}"
-    return right, forgotten
+
+def read(text):
+    """A slow reader of a worked answer, which takes nothing from toy.py: (final answer, [carry due], [carry made]).
+
+    Fails where a line is wrong in anything but its carry.
+    """
+    question, *lines, boxed, end = text.removeprefix("<bos>").replace("<eos>", "\n").split("\n")
+    operands = [(x[0], int(x[1:])) for x in question.removesuffix("=?").split("+")]
+    total, due, made = operands[0][1], [], []
+    for (label, x), line in zip(operands[1:], lines, strict=True):
+        numbers = re.fullmatch(rf"{label}(\d\d)\+(\d\d):(\d\d),(\d\d)=(\d\d)", line).groups()
+        a, b, ones, tens, new = map(int, numbers)
+        assert (a, b, ones) == (x, total, x % 10 + total % 10)
+        due.append(ones // 10)
+        made.append(tens - x // 10 - total // 10)
+        assert new == (10 * tens + ones % 10) % 100
+        total = new
+    assert boxed == f"\\boxed{{{total:02d}}}" and end == ""
+    return total, due, made
+
+
+def decode(ids):
+    return [toy.tokenizer().decode(row) for row in ids]
 
 
 def test_problems_are_a_function_of_the_seed():
     assert toy.problems(50, 3) == toy.problems(200, 3)[:50]
-    assert not set(toy.problems(500, 3)) & set(toy.problems(500, toy.HELD_OUT))
-    question, answer = toy.problems(1, 0)[0]
-    assert sum(map(int, re.findall(r"\d\d", question))) % 100 == int(answer)
+    for question, answer in toy.problems(50, 3):
+        assert sum(map(int, re.findall(r"\d\d", question))) % 100 == int(answer)
+    assert len(toy.problems(1, 3, operands=4)[0][0]) == 4 * 4 + 1
+    with pytest.raises(ValueError):
+        toy.problems(1, 0, operands=len(toy.LABELS) + 1)
 
 
-@pytest.mark.parametrize("drop", [0.0, 0.6])
-def test_worked_answers_are_right_but_for_forgotten_carries(drop):
+def test_held_out_problems_are_in_no_run_and_in_no_pretraining():
+    held_out = {question for question, _ in toy.problems(4096, toy.HELD_OUT)}
+    assert len(held_out) == 4096
+    for seed in range(5):
+        assert not held_out & {question for question, _ in toy.problems(4096, seed)}
+    names = np.array(toy.VOCAB)
+    for recipe in toy.RECIPE.values():
+        stream = toy.batches(recipe["steps"], recipe["drop"], recipe["seed"])
+        full = [ids[:, 1 : prompt - 1] for ids, prompt in stream if prompt == 27]
+        seen = {"".join(names[row]) for ids in full for row in ids}
+        assert len(seen) > 3000 and not held_out & seen
+
+
+def test_the_teacher_reads_right_sums():
     rng = np.random.default_rng(0)
-    ids, prompt = toy.traces(rng.integers(0, 100, (300, 6)), drop, rng)
-    results = [check(toy.tokenizer().decode(row)) for row in ids]
-    assert ids.shape == (300, 112) and prompt == 27
-    if drop == 0:
-        assert all(right and not forgotten for right, forgotten in results)
-    else:
-        assert all(right for right, forgotten in results if not forgotten)
-        assert 0.5 < np.mean([bool(forgotten) for _, forgotten in results]) < 0.95
+    for n in (2, 6, 9):
+        numbers = rng.integers(0, 100, (100, n))
+        ids, prompt = toy.traces(numbers)
+        assert ids.shape == (100, 20 * n - 8) and prompt == 4 * n + 3
+        for row, text in zip(numbers, decode(ids), strict=True):
+            answer, due, made = read(text)
+            assert answer == sum(row) % 100 and made == due
 
 
-def test_tokenizer_round_trips_and_knows_the_box():
-    tok = toy.tokenizer()
-    text = "b75+30:05,10=05\n\\boxed{14}"
-    assert tok.decode(tok(text)["input_ids"], skip_special_tokens=True) == text
-    assert tok("\\boxed{14}", add_special_tokens=False)["input_ids"][0] == toy.ID["\\boxed{"]
-    assert len(tok) == len(toy.VOCAB) and tok.eos_token_id == toy.ID["<eos>"]
-    ids, prompt = toy.traces(np.array([[52, 98, 63, 81, 65, 60]]))
-    chat = [{"role": "user", "content": toy.problems(1, toy.HELD_OUT)[0][0]}]
-    assert tok.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)[0] == toy.ID["<bos>"]
-    rendered = tok.apply_chat_template([{"role": "user", "content": "a52+b98+c63+d81+e65+f60=?"}], return_dict=False)
-    assert rendered == ids[0, :prompt].tolist()
+def test_the_student_reads_sums_that_are_wrong_at_carries_only():
+    """Where no carry is due none is made; of those due, the share asked for is forgotten."""
+    rng = np.random.default_rng(0)
+    ids, _ = toy.traces(rng.integers(0, 100, (400, 6)), drop=0.7, rng=rng)
+    due, made = (np.array(x) for x in list(zip(*map(read, decode(ids)), strict=True))[1:])
+    assert set(made[due == 0]) == {0} and set(made[due == 1]) == {0, 1}
+    assert abs(made[due == 1].mean() - 0.3) < 4 * (0.3 * 0.7 / due.sum()) ** 0.5
 
 
-def test_models_are_trained_once_and_whole(tmp_path):
-    """A second call trains nothing, and a folder that a kill left half-written is not taken for a model."""
-    recipe = {role: options | {"steps": 1} for role, options in toy.RECIPE.items()}
-    teacher, student = toy.models(tmp_path, recipe)
-    shutil.rmtree(student)
-    (Path(student + ".tmp")).mkdir()
-    (Path(student + ".tmp") / "config.json").write_text("{")
-    written = (Path(teacher) / "model.safetensors").stat().st_mtime_ns
-    assert toy.models(tmp_path, recipe) == (teacher, student)
-    assert (Path(teacher) / "model.safetensors").stat().st_mtime_ns == written
-    for folder in (teacher, student):
-        model, tok = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-        assert model.config.vocab_size == len(tok) and model.generation_config.eos_token_id == tok.eos_token_id
-        assert tok.chat_template
+def test_the_tokenizer_gives_every_text_back(tmp_path):
+    toy.tokenizer().save_pretrained(tmp_path)
+    for tok in (toy.tokenizer(), AutoTokenizer.from_pretrained(tmp_path)):
+        assert len(tok) == len(toy.VOCAB) == 42
+        special = tok.pad_token_id, tok.bos_token_id, tok.eos_token_id, tok.unk_token_id
+        assert special == (0, 1, 2, 3)
+        for ids in np.random.default_rng(0).integers(4, 42, (100, 40)).tolist():
+            assert tok(tok.decode(ids), add_special_tokens=False)["input_ids"] == ids
+        text = "b75+30:05,10=05\n\\boxed{14}"
+        ids = tok(text)["input_ids"]
+        assert tok.decode(ids, skip_special_tokens=True) == text
+        assert tok.convert_ids_to_tokens(ids)[-5:] == ["\n", "\\boxed{", "1", "4", "}"]
 
 
-def test_training_is_deterministic_and_learns(tmp_path):
+def test_the_chat_template_gives_the_prompt_of_pretraining():
+    question, _ = toy.problems(1, 0)[0]
+    numbers = np.array([[int(x) for x in re.findall(r"\d\d", question)]])
+    ids, prompt = toy.traces(numbers)
+    chat = [{"role": "user", "content": question}]
+    encoded = toy.tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    assert encoded == ids[0, :prompt].tolist()
+
+
+def test_training_is_deterministic_and_its_folder_loads(tmp_path):
     weights = []
     for name in "ab":
-        toy.train(str(tmp_path / name), **toy.RECIPE["student"] | {"steps": 3})
-        weights.append(AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict())
-    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
-    start = toy.model(64, 2, toy.RECIPE["student"]["seed"]).state_dict()
-    assert any(not torch.equal(x, start[name]) for name, x in weights[0].items())
+        toy.train(tmp_path / name, **toy.RECIPE["student"] | {"steps": 2})
+        lm, tok = (x.from_pretrained(tmp_path / name) for x in (AutoModelForCausalLM, AutoTokenizer))
+        assert lm.config.vocab_size == len(tok) and tok.chat_template
+        assert lm.generation_config.eos_token_id == tok.eos_token_id
+        weights.append(lm.state_dict())
+    start = toy.model(64, 2, toy.RECIPE["student"]["seed"], layers=3).state_dict()
+    for name, x in weights[0].items():
+        assert torch.equal(x, weights[1][name]) and not torch.equal(x, start[name])
+
+
+def test_models_are_trained_once_for_a_recipe(tmp_path, monkeypatch):
+    class Training(Exception):
+        pass
+
+    def refuse(method):
+        raise Training
+
+    monkeypatch.setattr(toy.multiprocessing, "get_context", refuse)
+    with pytest.raises(Training):
+        toy.models(tmp_path, TINY)
+    folders = [next(tmp_path.iterdir()) / role for role in ("teacher", "student")]
+    folders[0].mkdir()
+    with pytest.raises(Training):  # one of two is not a pair
+        toy.models(tmp_path, TINY)
+    folders[1].mkdir()
+    assert toy.models(tmp_path, TINY) == tuple(map(str, folders))
+    with pytest.raises(Training):
+        toy.models(tmp_path, TINY | {"student": TINY["student"] | {"drop": 0.6}})
+    monkeypatch.setattr(toy, "VERSION", toy.VERSION + 1)
+    with pytest.raises(Training):
+        toy.models(tmp_path, TINY)
+
+
+def test_a_killed_call_leaves_no_model_and_no_lock_and_of_two_calls_one_trains(tmp_path):
+    """SIGKILL in the middle of training; then two processes at once."""
+    recipe = {role: options | {"steps": 20} for role, options in TINY.items()}
+    code = f"import json, toy; print(toy.models({str(tmp_path)!r}, json.loads({json.dumps(recipe)!r})))"
+
+    def start():
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=env, **pipe)
+
+    killed, deadline = start(), time.monotonic() + 120
+    while not list(tmp_path.glob("*/tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert list(tmp_path.glob("*/tmp-*")) and not list(tmp_path.glob("*/teacher"))
+    outputs = [process.communicate(timeout=300) for process in (start(), start())]
+    assert outputs[0][0] == outputs[1][0] and "teacher" in outputs[0][0], outputs
+    assert sum("pre-training" in err for _, err in outputs) == 1
+    assert {p.name for p in next(tmp_path.iterdir()).iterdir()} == {".lock", "teacher", "student"}
+    for folder in tmp_path.glob("*/*er"):
+        AutoModelForCausalLM.from_pretrained(folder)
