@@ -37,7 +37,7 @@ def draw(*runs) -> None:
         for i, (run, rows) in enumerate(histories.items()):
             names = dict.fromkeys(name for row in rows for name in row if re.fullmatch(pattern, name))
             for j, name in enumerate(names):
-                label = name.split("/", 1)[-1] if len(runs) == 1 else f"{run.name} {name.split('/', 1)[-1]}"
+                label = name if len(runs) == 1 else f"{run.name} {name}"
                 style = {} if len(runs) == 1 else dict(color=f"C{i}", linestyle=("-", "--", ":")[j % 3])
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 ax.plot(
