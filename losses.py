@@ -19,8 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-LOSSES = ("opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd")
-
 
 # -----------------------------------------------------------------------------
 # position losses
@@ -56,8 +54,7 @@ def lsm_loss(
     logq: Tensor,  # [..., K] teacher's logits or log-probs there
     support: Tensor | None = None,  # [..., K] False where a slot does not count
     *,
-    lse: Tensor
-    | None = None,  # [...] student's logsumexp over the vocabulary: for renormalise=False
+    lse: Tensor | None = None,  # [...] student's logsumexp, where renormalise is False
     renormalise: bool = True,
     log_ratio_clamp: float | None = None,
     forward: bool = False,
@@ -70,9 +67,7 @@ def lsm_loss(
     off the support. forward=True is sum_k q_k (log q_k - log p_k), the same with p and q exchanged.
     """
     if renormalise and z.shape[-1] < 2:
-        raise ValueError(
-            "K = 1: a distribution renormalised on one token is constant, the loss is 0"
-        )
+        raise ValueError("K = 1: renormalised on one token, the loss is always 0")
     if not renormalise and lse is None:
         raise ValueError("renormalise=False needs the student's logsumexp, lse")
     z, logq = _finite(z.float()), _finite(logq.float())
@@ -112,180 +107,128 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def head_logits(
-    hidden: Tensor,  # [N, H]
-    weight: Tensor,  # [V', H]
-    ids: Tensor,  # [N, K] token ids below V
-    bias: Tensor | None = None,  # [V']
-    *,
-    temperature: float = 1.0,
-    vocab: int | None = None,  # V: only the first V rows of weight are tokens; None: all
-    lse: bool = True,  # False: no pass over the vocabulary, the second output is None
-    entropy: bool = False,  # True: a third output [N], the entropy in nats, detached
-    block: int | None = None,  # elements of the largest temporary
-):
+    hidden, weight, ids, bias=None, *,
+    temperature=1.0, vocab=None, lse=True, entropy=False, block=None,
+):  # fmt: skip
     """(z [N, K], lse [N]) in fp32: logits / temperature at ids, and logsumexp of all logits / temperature.
+
+    hidden [N, H], weight [V', H], ids [N, K], bias [V'] or None. vocab: only the first V rows of weight are
+    tokens. lse=False: no pass over the vocabulary, and lse is None. entropy=True: a third output [N], in
+    nats, detached. block: elements of the largest temporary.
 
     Any upstream gradient may arrive at either. One at lse costs 2NHV to compute the logits again, and
     4NHV; where it is absent (a loss on z alone, lse detached or off) only K rows of weight a position
-    are touched. Memory beyond outputs and gradients is one block, whatever N.
+    are touched. Memory beyond outputs and gradients is one or two blocks, whatever N.
     """
     vocab, block = vocab or weight.shape[0], block or _default_block(hidden)
-    if not lse and not entropy:
-        return _HeadRows.apply(hidden, weight, bias, ids, temperature, block), None
-    out = _Head.apply(hidden, weight, bias, ids, temperature, vocab, entropy, block)
+    out = _Head.apply(hidden, weight, bias, ids, temperature, vocab, lse or entropy, entropy, block)
     return out if entropy else out[:2]
 
 
 @torch.no_grad()
-def head_topk(
-    hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, block=None
-):
+def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, block=None):
     """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J]."""
-    vocab, block = vocab or weight.shape[0], block or _default_block(hidden)
-    N, rows = hidden.shape[0], max(1, block // vocab)
-    top = hidden.new_empty(N, k, dtype=torch.long)
-    logq = hidden.new_empty(N, k, dtype=torch.float32)
-    at_ids = None if ids is None else hidden.new_empty(ids.shape, dtype=torch.float32)
-    for r, logits in _row_blocks(hidden, weight, bias, temperature, vocab, rows):
-        logq[r], top[r] = logits.topk(k, dim=1)
-        if ids is not None:
-            at_ids[r] = logits.gather(1, ids[r])
-        lse = _lse_(logits)[:, None]
-        logq[r] -= lse
-        if ids is not None:
-            at_ids[r] -= lse
-    return (top, logq) if ids is None else (top, logq, at_ids)
+    vocab, block = vocab or weight.shape[0], block or _default_block(hidden, cpu=24)
+    N, rows = hidden.shape[0], max(min(1024, block), block // vocab)
+    top = hidden.new_zeros(N, k, dtype=torch.long)
+    logq = hidden.new_full((N, k), -math.inf, dtype=torch.float32)
+    lse = hidden.new_full((N,), -math.inf, dtype=torch.float64)
+    for i in range(0, N, rows):
+        r = slice(i, i + rows)
+        for v, logits in _blocks(hidden[r], weight, bias, temperature, vocab, block):
+            value, index = _topk(logits, min(k, logits.shape[1]))
+            value, index = torch.cat([logq[r], value], 1), torch.cat([top[r], index + v.start], 1)
+            logq[r], best = value.topk(k, dim=1)
+            top[r] = index.gather(1, best)
+            lse[r] = torch.logaddexp(lse[r], _log_softmax_(logits))
+        del logits  # before the next block comes to be
+    lse = lse.float()[:, None]
+    if ids is None:
+        return top, logq - lse
+    return top, logq - lse, _rows_logits(hidden, weight, bias, ids, temperature, block) - lse
 
 
 def head_kl(
-    hidden: Tensor,  # [N, H] student's
-    weight: Tensor,  # [V', H]
-    hidden_t: Tensor,  # [N, H_t] teacher's
-    weight_t: Tensor,  # [V'', H_t]
-    bias: Tensor | None = None,
-    bias_t: Tensor | None = None,
-    *,
-    beta: float = 1.0,
-    temperature: float = 1.0,
-    vocab: int | None = None,  # the shared vocabulary V
-    block: int | None = None,
-) -> tuple[Tensor, Tensor]:
+    hidden, weight, hidden_t, weight_t, bias=None, bias_t=None, *,
+    beta=1.0, temperature=1.0, vocab=None, block=None,
+):  # fmt: skip
     """Full-vocabulary divergence [N] with gradient, and the student's logsumexp [N] without, in fp32.
 
-    Generalised JSD(beta), Agarwal et al. 2024.
-    beta 1: reverse KL(p||q). beta 0: forward KL(q||p). Between: beta KL(q||m) + (1 - beta) KL(p||m)
-    with m = beta q + (1 - beta) p, as GKD and TRL have it.
+    Teacher's hidden_t [N, H_t], weight_t [V'', H_t], bias_t; vocab is what the two share. beta 1: reverse
+    KL(p||q). beta 0: forward KL(q||p). Between: generalised JSD, beta KL(q||m) + (1 - beta) KL(p||m) with
+    m = beta q + (1 - beta) p (Agarwal et al. 2024), as GKD and TRL have it.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}, outside [0, 1]")
-    vocab, block = vocab or min(len(weight), len(weight_t)), block or _default_block(hidden)
-    return _HeadKL.apply(
-        hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, block
-    )
+    vocab = vocab or min(len(weight), len(weight_t))
+    teacher = hidden_t, weight_t, bias_t
+    return _HeadKL.apply(hidden, weight, bias, *teacher, beta, temperature, vocab, block)
 
 
 class _Head(torch.autograd.Function):
-    """(z, lse[, entropy]): walks the vocabulary with an online logsumexp; backward makes the logits again."""
+    """(z, lse, entropy): adds up the logsumexps of blocks; backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, temperature, vocab, entropy, block):
-        N = hidden.shape[0]
-        z = hidden.new_zeros(ids.shape, dtype=torch.float32)
-        top = hidden.new_full((N,), -math.inf, dtype=torch.float32)  # running maximum
-        total, moment = (
-            torch.zeros_like(top),
-            torch.zeros_like(top),
-        )  # sum e^(x - top), sum e^(x - top) (x - top)
-        for v, logits in _vocab_blocks(hidden, weight, bias, temperature, vocab, block):
-            inside = (ids >= v.start) & (ids < v.stop)
-            at = logits.gather(1, (ids - v.start).clamp(0, logits.shape[1] - 1))
-            z = torch.where(inside, at, z)
-            new_top = torch.maximum(top, logits.amax(1))
-            shift = top - new_top
-            logits -= new_top[:, None]
-            scale = shift.exp()  # 0 at the first block, where shift is -inf
-            if entropy:
-                old = torch.where(total > 0, moment + shift * total, 0.0)
-                moment = old * scale + torch.linalg.vecdot(logits.exp(), logits)
-            total = total * scale + logits.exp_().sum(1)
-            top = new_top
-        lse = top + total.log()
-        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+    def forward(ctx, hidden, weight, bias, ids, temperature, vocab, want_lse, want_entropy, block):
         ctx.args = temperature, vocab, block
         ctx.set_materialize_grads(False)
-        if not entropy:
-            return z, lse
-        H = total.log() - moment / total
-        ctx.mark_non_differentiable(H)
+        z, lse, H = _rows_logits(hidden, weight, bias, ids, temperature, block), None, None
+        if want_lse:
+            total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)
+            mean = torch.zeros_like(total)  # of the logits, under the softmax so far
+            for _, logits in _blocks(hidden, weight, bias, temperature, vocab, block):
+                part, old = _log_softmax_(logits), total
+                total = torch.logaddexp(old, part)
+                if want_entropy:
+                    here = part + torch.linalg.vecdot(logits.exp(), logits)
+                    mean = mean * (old - total).exp() + here * (part - total).exp()
+            lse = total.float()
+            if want_entropy:
+                H = (total - mean).float()
+                ctx.mark_non_differentiable(H)
+        ctx.save_for_backward(hidden, weight, bias, ids, lse)
         return z, lse, H
 
     @staticmethod
-    def backward(ctx, grad_z, grad_lse, *_):
+    def backward(ctx, grad_z, grad_lse, _):
         hidden, weight, bias, ids, lse = ctx.saved_tensors
         temperature, vocab, block = ctx.args
         if grad_lse is None:
-            return *_rows_backward(hidden, weight, bias, ids, temperature, block, grad_z), *[
-                None
-            ] * 5
-        dh = torch.zeros_like(hidden, dtype=torch.float32)
-        dw, db = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        for v, p in _vocab_blocks(hidden, weight, bias, temperature, vocab, block):
+            grads = _rows_backward(hidden, weight, bias, ids, temperature, block, grad_z)
+            return *grads, *[None] * 6
+        grads = [torch.zeros_like(hidden, dtype=torch.float32), *_zeros(weight, bias)]
+        for v, p in _blocks(hidden, weight, bias, temperature, vocab, block):
             p.sub_(lse[:, None]).exp_().mul_(grad_lse[:, None])
             if grad_z is not None:
                 inside = (ids >= v.start) & (ids < v.stop)
                 p.scatter_add_(1, (ids - v.start).clamp(0, p.shape[1] - 1), grad_z * inside)
-            _backward_block(p, hidden, weight, bias, v, temperature, dh, dw, db)
-        return dh.to(hidden.dtype), dw, db, *[None] * 5
-
-
-class _HeadRows(torch.autograd.Function):
-    """z alone: K rows of the weight a position, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, temperature, block):
-        z = hidden.new_empty(ids.shape, dtype=torch.float32)
-        for r in _rows_of(ids, hidden, block):
-            z[r] = torch.bmm(weight[ids[r]].float(), hidden[r].float()[:, :, None])[:, :, 0]
-            if bias is not None:
-                z[r] += bias[ids[r]]
-        ctx.save_for_backward(hidden, weight, bias, ids)
-        ctx.args = temperature, block
-        return z.div_(temperature)
-
-    @staticmethod
-    def backward(ctx, grad_z):
-        hidden, weight, bias, ids = ctx.saved_tensors
-        return *_rows_backward(hidden, weight, bias, ids, *ctx.args, grad_z), *[None] * 3
+            _backward_block(p, hidden, weight, v, temperature, *grads)
+        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 6
 
 
 class _HeadKL(torch.autograd.Function):
     """JSD(beta) [N]: walks rows forward, since m needs both softmaxes complete, and the vocabulary backward."""
 
     @staticmethod
-    def forward(
-        ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, block
-    ):
-        N, rows = (
-            hidden.shape[0],
-            max(1, block // (4 * vocab)),
-        )  # about four blocks are alive at once
-        loss, lse, lse_t, mean = (hidden.new_empty(N, dtype=torch.float32) for _ in range(4))
-        student = _row_blocks(hidden, weight, bias, temperature, vocab, rows)
-        teacher = _row_blocks(hidden_t, weight_t, bias_t, temperature, vocab, rows)
-        for (r, logp), (_, logq) in zip(student, teacher, strict=True):
-            lse[r], lse_t[r] = logp.logsumexp(1), logq.logsumexp(1)
-            logp -= lse[r, None]
-            logq -= lse_t[r, None]
-            logm = _mixture(logp, logq, beta)
-            if beta > 0:  # mean: E_p[log p - log m], which the gradient needs too
-                mean[r] = torch.linalg.vecdot(logp.exp(), logp - logm)
-            if beta < 1:
+    def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temp, vocab, block):
+        N = hidden.shape[0]
+        rows = max(1, (block or _default_block(hidden, cpu=26, cuda=28)) // (4 * vocab))
+        small = max(1, (block or _default_block(hidden, cpu=20)) // vocab)  # rows that fit the cache
+        loss, lse, lse_t, mean = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
+        for i in range(0, N, rows):
+            ((_, x),) = _blocks(hidden[i : i + rows], weight, bias, temp, vocab)
+            ((_, y),) = _blocks(hidden_t[i : i + rows], weight_t, bias_t, temp, vocab)
+            for logp, logq in zip(x.split(small), y.split(small), strict=True):
+                r = slice(i, i := i + len(logp))
+                lse[r], lse_t[r] = _log_softmax_(logp), _log_softmax_(logq)
+                logm = _log_mixture(logp, logq, beta)
+                mean[r] = torch.linalg.vecdot(logp.exp(), logp - logm)  # the gradient needs it too
                 kl_q = torch.linalg.vecdot(logq.exp(), logq - logm)
-            loss[r] = (
-                mean[r] if beta == 1 else kl_q if beta == 0 else beta * kl_q + (1 - beta) * mean[r]
-            )
+                loss[r] = (beta or 1) * kl_q + (1 - beta or 1) * mean[r]
+            del x, y, logp, logq  # before the next blocks come to be
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, mean)
-        ctx.args = beta, temperature, vocab, block
+        block = block // 4 if block else _default_block(hidden, cpu=20, cuda=25)
+        ctx.args = beta, temp, vocab, block
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
@@ -293,110 +236,118 @@ class _HeadKL(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, mean = ctx.saved_tensors
         beta, temperature, vocab, block = ctx.args
-        dh = torch.zeros_like(hidden, dtype=torch.float32)
-        dw, db = torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
-        student = _vocab_blocks(hidden, weight, bias, temperature, vocab, block // 4)
-        teacher = _vocab_blocks(hidden_t, weight_t, bias_t, temperature, vocab, block // 4)
+        grads = [torch.zeros_like(hidden, dtype=torch.float32), *_zeros(weight, bias)]
+        student = _blocks(hidden, weight, bias, temperature, vocab, block)
+        teacher = _blocks(hidden_t, weight_t, bias_t, temperature, vocab, block)
         for (v, logp), (_, logq) in zip(student, teacher, strict=True):
             logp -= lse[:, None]
             logq -= lse_t[:, None]
             if beta == 0:
-                d = logp.exp_() - logq.exp_()
+                d = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
             else:  # d/dz of (1 - beta) KL(p||m) + beta KL(q||m) is (1 - beta) p (log p - log m - mean)
-                d = logp - _mixture(logp, logq, beta)
-                d.sub_(mean[:, None]).mul_(logp.exp_()).mul_(1 - beta if beta < 1 else 1)
-            d.mul_(grad[:, None])
-            _backward_block(d, hidden, weight, bias, v, temperature, dh, dw, db)
-        return dh.to(hidden.dtype), dw, db, *[None] * 7
+                p = logp.exp().mul_(grad[:, None] * (1 - beta or 1))
+                d = logp.sub_(_log_mixture(logp, logq, beta)).sub_(mean[:, None]).mul_(p)
+            _backward_block(d, hidden, weight, v, temperature, *grads)
+        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 7
 
 
-def _mixture(logp, logq, beta):
+def _log_mixture(logp, logq, beta):
     """log m; the two limits compare with the other side itself."""
     if beta in (0, 1):
         return logq if beta == 1 else logp
-    return torch.logaddexp(logp + math.log1p(-beta), logq + math.log(beta))
+    return logp.exp().lerp_(logq.exp(), beta).clamp_(min=torch.finfo(logp.dtype).tiny).log_()
 
 
-def _default_block(x: Tensor) -> int:
-    return 2**27 if x.is_cuda else 2**24
+# -----------------------------------------------------------------------------
+# blocks
 
 
-def _mm(a: Tensor, b: Tensor, out=None) -> Tensor:
+def _default_block(x, cpu=21, cuda=27):
+    """Elements. On a CPU a block that stays in the cache: several passes go over it between the matmuls."""
+    return 1 << (cuda if x.is_cuda else cpu)
+
+
+def _mm(a, b, out=None):
     """a @ b with fp32 accumulation and an fp32 result; bf16 stays on the tensor cores, and is upcast on CPU."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def _vocab_blocks(hidden, weight, bias, temperature, vocab, block):
+def _blocks(hidden, weight, bias, temperature, vocab, block=None):
     """Yields (v, logits [N, |v|] / temperature), v a slice of the vocabulary. The buffer is used again."""
     N = hidden.shape[0]
-    width = min(vocab, max(1, block // max(N, 1)))
+    width = min(vocab, max(1, block // max(N, 1))) if block else vocab
     buffer = hidden.new_empty(N * width, dtype=torch.float32)
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))
         out = buffer[: N * (v.stop - v.start)].view(N, v.stop - v.start)
-        yield v, _scale_(_mm(hidden, weight[v].T, out), bias, v, temperature)
+        logits = _mm(hidden, weight[v].T, out)
+        if bias is not None:
+            logits += bias[v]
+        yield v, logits if temperature == 1 else logits.div_(temperature)
 
 
-def _row_blocks(hidden, weight, bias, temperature, vocab, rows):
-    """Yields (r, logits [|r|, V] / temperature), r a slice of the positions. The buffer is used again."""
-    N, v = hidden.shape[0], slice(0, vocab)
-    buffer = hidden.new_empty(min(rows, N) * vocab, dtype=torch.float32)
-    for start in range(0, N, rows):
-        r = slice(start, min(start + rows, N))
-        out = buffer[: (r.stop - r.start) * vocab].view(r.stop - r.start, vocab)
-        yield r, _scale_(_mm(hidden[r], weight[v].T, out), bias, v, temperature)
+def _log_softmax_(x: Tensor) -> Tensor:
+    """x [N, W] becomes its log_softmax, in one fused pass; returns its logsumexp [N] in fp64."""
+    some = x[:, :16].double()  # what the pass takes off; a mean, because each result is rounded
+    torch.log_softmax(x, 1, out=x)
+    return (some - x[:, :16]).nanmean(1)  # nan where a bias of -inf bans a token
 
 
-def _scale_(logits, bias, v, temperature):
-    if bias is not None:
-        logits += bias[v]
-    return logits if temperature == 1 else logits.div_(temperature)
+def _topk(x: Tensor, k: int, group: int = 16):
+    """x.topk(k, dim=1), in two stages: the k largest lie in the k groups with the largest maxima."""
+    W = x.shape[1] // group
+    if W < 2 * k:
+        return x.topk(k, dim=1)
+    best = x[:, : W * group].view(-1, group, W).amax(1).topk(k, dim=1).indices
+    ids = (best[:, None] + W * torch.arange(group, device=x.device)[:, None]).flatten(1)
+    rest = torch.arange(W * group, x.shape[1], device=x.device).expand(len(x), -1)
+    ids = torch.cat([ids, rest], 1)
+    value, at = x.gather(1, ids).topk(k, dim=1)
+    return value, ids.gather(1, at)
 
 
-def _lse_(logits: Tensor) -> Tensor:
-    """logsumexp over the last dimension; overwrites logits."""
-    top = logits.amax(1)
-    return logits.sub_(top[:, None]).exp_().sum(1).log_() + top
+def _zeros(weight, bias):
+    return torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
 
 
-def _backward_block(d, hidden, weight, bias, v, temperature, dh, dw, db):
+def _backward_block(d, hidden, weight, v, temperature, dh, dw, db):
     """Adds one block's part to the gradients; d [N, |v|] is the gradient of logits / temperature."""
     if temperature != 1:
         d /= temperature
-    if bias is not None:
+    if db is not None:
         db[v] = d.sum(0)
-    if d.is_cuda or hidden.dtype == torch.float32:
+    if d.is_cuda:
         d = d.to(hidden.dtype)
         dh += _mm(d, weight[v])
-        dw[v] = _mm(d.T, hidden)
-    else:
+    else:  # in place: a temporary [N, H] would grow with N
         dh.addmm_(d, weight[v].float())
-        dw[v] = d.T @ hidden.float()
+    dw[v] = _mm(d.T, hidden)
 
 
-def _rows_of(ids, hidden, block):
+def _rows_logits(hidden, weight, bias, ids, temperature, block):
+    """z [N, K] from K rows of the weight a position."""
     rows = max(1, block // (ids.shape[1] * hidden.shape[1]))
-    return [slice(i, i + rows) for i in range(0, ids.shape[0], rows)]
+    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
+    z = torch.cat([torch.bmm(weight[i].float(), h.float()[:, :, None])[:, :, 0] for h, i in parts])
+    return (z if bias is None else z + bias[ids]).div_(temperature)
 
 
 def _rows_backward(hidden, weight, bias, ids, temperature, block, grad_z):
     """(dh, dw, db) of z alone. Repeated ids add up in fp32, on the touched rows only."""
     grad_z = grad_z / temperature
-    dh, dw = torch.empty_like(hidden), torch.zeros_like(weight)
+    dh, (dw, db) = torch.empty_like(hidden), _zeros(weight, bias)
     exact = weight.dtype == torch.float32
     used, slot = (None, ids) if exact else torch.unique(ids, return_inverse=True)
     total = dw if exact else weight.new_zeros(len(used), weight.shape[1], dtype=torch.float32)
-    for r in _rows_of(ids, hidden, block):
+    rows = max(1, block // (ids.shape[1] * hidden.shape[1]))
+    for r in (slice(i, i + rows) for i in range(0, len(ids), rows)):
         dh[r] = torch.bmm(grad_z[r, None], weight[ids[r]].float())[:, 0]
         outer = grad_z[r, :, None] * hidden[r, None].float()  # [|r|, K, H]
         total.index_add_(0, slot[r].flatten(), outer.flatten(0, 1))
     if not exact:
         dw[used] = total.to(dw.dtype)
-    db = (
-        None
-        if bias is None
-        else torch.zeros_like(bias).index_add_(0, ids.flatten(), grad_z.flatten().to(bias.dtype))
-    )
+    if db is not None:
+        db.index_add_(0, ids.flatten(), grad_z.flatten().to(db.dtype))
     return dh, dw, db

@@ -35,9 +35,7 @@ def error(leaves, reference):
 def loss_of(name, z, lse, logq, gates):
     """A gated loss from head_logits' outputs; z [N, K], slot 0 the sampled token."""
     if name == "opd":
-        return (
-            gates * opd_loss(z[:, 0] - lse, (z[:, 0] - lse).detach() + 0.1, logq[:, 0])[0]
-        ).sum()
+        return (gates * opd_loss(z[:, 0] - lse, (z[:, 0] - lse).detach() + 0.1, logq[:, 0])[0]).sum()
     if name == "tail_topk":
         return (gates * tail_loss(z[:, :5] - lse[:, None], logq[:, :5] - 2)).sum()
     if name == "unnormalised":
@@ -60,9 +58,7 @@ def test_gradients_agree_with_float64(name, K, block, temperature, vocab):
         loss_of(name, *head_logits(*leaves[:2], ids, leaves[2], **options), logq, gates).backward()
         errors = []
         exact, logits = naive(*leaves, temperature, vocab)
-        loss_of(
-            name, logits.gather(1, ids), logits.logsumexp(1), logq.double(), gates.double()
-        ).backward()
+        loss_of(name, logits.gather(1, ids), logits.logsumexp(1), logq.double(), gates.double()).backward()
         if dtype == torch.float32:
             assert error(leaves, exact) < 1e-6
         else:
@@ -77,11 +73,7 @@ def test_values_agree_with_float64():
     z, lse, entropy = head_logits(*leaves[:2], ids, leaves[2], block=500, entropy=True)
     _, logits = naive(*leaves, 1.0, None)
     logp = logits.log_softmax(1)
-    for ours, exact in (
-        (z, logits.gather(1, ids)),
-        (lse, logits.logsumexp(1)),
-        (entropy, -(logp.exp() * logp).sum(1)),
-    ):
+    for ours, exact in ((z, logits.gather(1, ids)), (lse, logits.logsumexp(1)), (entropy, -(logp.exp() * logp).sum(1))):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-6, atol=2e-6)
     assert not entropy.requires_grad
 
@@ -109,9 +101,7 @@ def test_lse_without_gradient_takes_the_sparse_path():
             grads = torch.autograd.grad((z * up).sum(), leaves)
             if lse:
                 first = grads
-        assert all(
-            torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, grads, strict=True)
-        )
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(first, grads, strict=True))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
@@ -121,9 +111,7 @@ def test_full_vocabulary_divergences_agree_with_float64(beta, temperature, block
     g = torch.Generator().manual_seed(2)
     hidden_t, weight_t = torch.randn(N, 11, generator=g), torch.randn(V + 4, 11, generator=g)
     gates = torch.rand(N, generator=g)
-    kl, lse = head_kl(
-        *leaves[:2], hidden_t, weight_t, leaves[2], beta=beta, temperature=temperature, block=block
-    )
+    kl, lse = head_kl(*leaves[:2], hidden_t, weight_t, leaves[2], beta=beta, temperature=temperature, block=block)
     (gates * kl).sum().backward()
     exact, logits = naive(*leaves, temperature, None)
     logq = ((hidden_t.double() @ weight_t.double().T)[:, :V] / temperature).log_softmax(1)
@@ -140,9 +128,7 @@ def test_full_vocabulary_divergences_agree_with_float64(beta, temperature, block
 
 def test_topk_agrees_with_log_softmax():
     hidden, weight, bias, ids = make()
-    top, logq, at_ids = head_topk(
-        hidden, weight, 7, bias, ids=ids, temperature=0.8, vocab=V - 5, block=3 * V
-    )
+    top, logq, at_ids = head_topk(hidden, weight, 7, bias, ids=ids, temperature=0.8, vocab=V - 5, block=3 * V)
     logp = ((hidden @ weight.T + bias)[:, : V - 5] / 0.8).log_softmax(1)
     expected = logp.topk(7)
     torch.testing.assert_close(logq, expected.values)
@@ -214,9 +200,7 @@ def test_lsm_by_hand():
     (grad,) = torch.autograd.grad(loss, z)
     assert grad[0] > 0 > grad[1]  # down on the token that the teacher likes less
     forward = lsm_loss(z, Q.log()[:2], forward=True)
-    assert forward.item() == pytest.approx(
-        2 / 5 * log((2 / 5) / (5 / 8)) + 3 / 5 * log((3 / 5) / (3 / 8)), rel=1e-6
-    )
+    assert forward.item() == pytest.approx(2 / 5 * log((2 / 5) / (5 / 8)) + 3 / 5 * log((3 / 5) / (3 / 8)), rel=1e-6)
     unnormalised = lsm_loss(z, Q.log()[:2], lse=torch.tensor(0.0), renormalise=False)
     assert unnormalised.item() == pytest.approx(0.5 * log(0.5 / 0.2), rel=1e-6)
     clamped = lsm_loss(z, Q.log()[:2], log_ratio_clamp=0.1)

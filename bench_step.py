@@ -1,0 +1,102 @@
+"""The measurement behind `python bench.py step`: one tiny training step, ours and TRL's DistillationTrainer in turns."""
+
+import itertools
+import statistics
+import tempfile
+import time
+
+import torch
+
+
+def our_trainer(prompts):
+    """(step, paths, tokenizer, lr): step() takes one step on a rollout a prompt, and returns its tokens."""
+    import data
+    import rollout
+    import train
+    from configs import TrainConfig, parse
+    from policy import full_weights, load_policy, teacher_targets
+
+    flags = "--preset tiny --epochs 1 --minibatches 1 --rollout hf --device cpu --out out/bench"
+    cfg, device = parse(TrainConfig, flags.split()), torch.device("cpu")
+    paths, tokenizer, vocab, *_ = train.prepare(cfg, device)
+    policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
+    teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr)
+    sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, str)
+    newline = data.newline_tokens(tokenizer, vocab)
+    ids, steps = [data.encode(p, tokenizer) for p in prompts], itertools.count()
+
+    def step():
+        n = next(steps)
+        sampler.sync(full_weights(policy))
+        jobs = [(prompt, rollout.seed_for(n, i)) for i, prompt in enumerate(ids)]
+        rollouts = train.sample(sampler, jobs, cfg, 0, 1)
+        (batches,) = data.make_batches(rollouts, cfg, n, 0, 1, newline, device)
+        for batch in batches:
+            batch.targets = teacher_targets(teacher, batch, cfg)
+        train.update(policy, optimizer, batches, cfg, True)
+        return sum(len(r.response) for r in rollouts)
+
+    return step, paths, tokenizer, cfg.lr
+
+
+def trl_turns(trl, prompts, steps, paths, tokenizer, lr, between):
+    """[(seconds, response tokens)] of TRL's steps on the same prompts; between() runs after each."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    turns = []
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            mean = trainer._metrics["train"]["completions/mean_length"][-1]
+            turns.append((time.perf_counter() - self.start, mean * len(prompts)))
+            between()
+
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, (paths["student"], paths["teacher"]))
+    rows = Dataset.from_list([{"prompt": p.prompt} for p in prompts] * steps)
+    with tempfile.TemporaryDirectory() as folder:
+        config = trl.DistillationConfig(
+            folder, per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1,
+            max_completion_length=100, max_steps=steps, learning_rate=lr, shuffle_dataset=False,
+            use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
+            save_strategy="no", logging_strategy="no",
+        )  # fmt: skip
+        kwargs = dict(processing_class=tokenizer, callbacks=[Turns()], args=config)
+        trainer = trl.DistillationTrainer(student, teacher, train_dataset=rows, **kwargs)
+        trainer.train()
+    return turns
+
+
+def measure(runs, trl):
+    """Rows of text: name, median seconds, response tokens, tokens a second. trl: the module, or None.
+
+    A step samples 64 rollouts of up to 100 tokens on one set of prompts, scores them with the teacher and
+    takes one optimizer step; the first of each does not count. Both train their own copy of the student.
+    """
+    import data
+
+    prompts = [p for p in data.load("toy", limit=8) for _ in range(8)]
+    step, *same = our_trainer(prompts)
+    ours, theirs = [], []
+
+    def our_turn():
+        start = time.perf_counter()
+        tokens = step()
+        ours.append((time.perf_counter() - start, tokens))
+
+    if trl:
+        theirs = trl_turns(trl, prompts, runs + 1, *same, our_turn)
+    while len(ours) < runs + 1:
+        our_turn()
+    rows = []
+    for name, turns in (("**ours**", ours), ("TRL's DistillationTrainer", theirs)):
+        if turns:
+            t, n, rate = map(statistics.median, zip(*((t, n, n / t) for t, n in turns[1:]), strict=True))
+            rows.append([name, f"{t:.2f}", f"{n:.0f}", f"{rate:,.0f}"])
+        else:
+            rows.append([name, "not installed", "", ""])
+    return rows
