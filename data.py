@@ -177,6 +177,10 @@ class Batch:
         """[N] to [B, T], zeros at padding."""
         return x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
 
+    def prompt(self, row):
+        """The prompt of a row that has response tokens, a tuple of ids."""
+        return tuple(self.ids[row, : int(self.cols[self.rows == row][0]) + 1].tolist())
+
     def see(self, logp):
         """The first log-probs [N] that the trainer computes on this batch are its old ones."""
         if self.old is None and logp is not None:
