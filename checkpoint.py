@@ -189,11 +189,11 @@ def until_stopped(steps):
             signal.signal(s, handler)
 
 
-def attempt(task, *args):
-    """task(*args), where it succeeds on every rank; else all ranks exit, and one prints the first error in a line."""
+def attempt(task, *args, **kwargs):
+    """task(*args, **kwargs), where it succeeds on every rank; else all ranks exit, and one prints the first error in a line."""
     result = error = None
     try:
-        result = task(*args)
+        result = task(*args, **kwargs)
     except (ValueError, OSError) as e:
         error = " ".join(str(e).split()) or type(e).__name__
     if errors := [e for e in gather(error) if e]:

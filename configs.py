@@ -3,6 +3,7 @@
 A field is a flag: `lr` is `--lr`. Precedence: the default below < the preset < the command line.
 """
 
+import math
 import os
 import shlex
 import sys
@@ -189,10 +190,15 @@ def problems(cfg):
     low = dict(block=1, tau=0, span_min=1, prompts=1, group=1, max_prompt=1, max_response=1, steps=1, epochs=1)
     low |= dict(minibatches=1, micro_tokens=1, clip=0, clip_high=0, dual_clip=0, log_ratio_clamp=0, sample_top_k=0)
     low |= dict(lr=0, warmup=0, weight_decay=0, grad_clip=0, eval_every=0, eval_problems=0, save_every=0, keep=1)
-    low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, max_bad_updates=0, limit=0, max_tokens=1, batch=1)
+    low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, max_bad_updates=0, seed=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
         if getattr(cfg, name, least) < least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
+    for name, x in asdict(cfg).items():
+        if isinstance(x, float) and not math.isfinite(x):
+            yield f"--{name} is {x}; it must be finite"
+    if cfg.seed >= 2**63:
+        yield f"--seed is {cfg.seed}; it must be less than 2**63"
     if not 0 < cfg.top_p <= 1:
         yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
     if cfg.temperature <= 0:
@@ -208,6 +214,8 @@ def problems(cfg):
             yield "--compare, --regrade and --overwrite exclude each other"
     if not 0 < cfg.vllm_memory <= 1:
         yield f"--vllm_memory is {cfg.vllm_memory}; it must lie in (0, 1]"
+    if cfg.device not in ("", "cpu", "cuda"):
+        yield f"--device is {cfg.device!r}; it is cpu or cuda"
     if isinstance(cfg, TrainConfig):
         if not 0 <= cfg.beta <= 1:
             yield f"--beta is {cfg.beta}; it must lie in [0, 1]"

@@ -11,6 +11,7 @@ micro-batches and ranks, which divides the summed gradient once.
     torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, one sampler a rank
 """
 
+import importlib.util
 import json
 import math
 import os
@@ -42,6 +43,8 @@ def init_device(cfg):
     """(rank, world, device). RANK shards the data, LOCAL_RANK picks the device and nothing else."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda" and not torch.cuda.is_available():
+        checkpoint.stop("--device cuda: torch finds none here")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
@@ -57,6 +60,8 @@ def prepare(cfg):
     from transformers import AutoConfig, AutoTokenizer
 
     found = checkpoint.to_resume(cfg)
+    if cfg.log != "none" and not importlib.util.find_spec(cfg.log):
+        raise ValueError(f"--log {cfg.log}: pip install {cfg.log}")
     paths = {"teacher": cfg.teacher, "student": cfg.student}
     if "toy" in paths.values():
         import toy
@@ -186,13 +191,13 @@ def main(cfg):
     first = data.encode(stream.problems[0], tokenizer, cfg.template)
     say(f"a prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
 
-    policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
-    teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    policy = attempt(load_policy, paths["student"], cfg, vocab, device, trainable=True)
+    teacher = attempt(load_policy, paths["teacher"], cfg, vocab, device, trainable=False)
     policy.teacher_head = head_weights(teacher) if cfg.loss in FULL_KL else None
     betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
     start = checkpoint.restore(found, policy, optimizer, stream) if found else 0
-    sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, say)
+    sampler = attempt(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, say)
     newline = data.newline_tokens(tokenizer, vocab)
     log = partial(attempt, attempt(checkpoint.make_logger, cfg, out, start))
     want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
