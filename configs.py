@@ -3,7 +3,6 @@
 A field is a flag: `lr` is `--lr`. Precedence: the default below < the preset < the command line.
 """
 
-import math
 import os
 import shlex
 import sys
@@ -195,10 +194,9 @@ def problems(cfg):
         if getattr(cfg, name, least) < least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
     for name, x in asdict(cfg).items():
-        if isinstance(x, float) and not math.isfinite(x):
-            yield f"--{name} is {x}; it must be finite"
-    if cfg.seed >= 2**63:
-        yield f"--seed is {cfg.seed}; it must be less than 2**63"
+        most = 2**63 - 1 if name == "seed" else 2**31 - 1
+        if isinstance(x, int | float) and not x <= most:  # so that NaN is caught too
+            yield f"--{name} is {x}; it must be at most {most}"
     if not 0 < cfg.top_p <= 1:
         yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
     if cfg.temperature <= 0:
@@ -217,6 +215,8 @@ def problems(cfg):
     if cfg.device not in ("", "cpu", "cuda"):
         yield f"--device is {cfg.device!r}; it is cpu or cuda"
     if isinstance(cfg, TrainConfig):
+        if not 0 <= cfg.beta2 < 1:
+            yield f"--beta2 is {cfg.beta2}; it must lie in [0, 1)"
         if not 0 <= cfg.beta <= 1:
             yield f"--beta is {cfg.beta}; it must lie in [0, 1]"
         if cfg.topk < 2 and cfg.loss != "opd":

@@ -1,10 +1,8 @@
 """python -m pytest test_survive.py             (a run is a forked child: no imports to wait for)
 
-EXAMPLES=10000 python -m pytest test_survive.py -k "finite or fuzz"     # the long form
 python test_survive.py 10 20     # 20 steps straight, and 20 with 10 kills at random moments
 """
 
-import json
 import math
 import multiprocessing
 import os
@@ -14,19 +12,15 @@ import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import checkpoint
-import data
-import gating
-import losses
 import rollout
 import test_train
 import toy
@@ -37,7 +31,6 @@ from test_train import far, flags, metrics
 pair = test_train.pair  # random teacher and student
 fork = multiprocessing.get_context("fork")
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
-EXAMPLES = int(os.environ.get("EXAMPLES", 40))
 
 
 def start(argv, setup=lambda: None, log=os.devnull):
@@ -97,22 +90,21 @@ def cut_back(straight, out, step):
 def killed(argv, out, n, longest, seed=0):
     """Runs argv (--resume auto) with n SIGKILLs, each up to `longest` seconds after a start; the newest steps then."""
     rng, left = random.Random(seed), []
-    while len(left) < n:
+    for _ in range(n):
         process = start(argv)
         process.join(rng.uniform(0, longest))
-        if not process.is_alive():
-            break
         process.kill()
         process.join()
-        left.append(checkpoint.latest(out) and checkpoint.latest(out).name)
+        left.append(checkpoint.latest(out) and checkpoint.number(checkpoint.latest(out)))
     assert finished(argv) == 0
     return left
 
 
 def test_killed_run_ends_bit_for_bit_like_one_that_was_not(pair, straight, tmp_path):
     seconds = sum(x for row in metrics(straight) for name, x in row.items() if name.startswith("time"))
-    left = killed(flags(pair, tmp_path / "a", resume="auto", **OPTIONS), tmp_path / "a", 4, 0.3 + seconds)
-    assert left and same(tmp_path / "a", straight)
+    left = killed(flags(pair, tmp_path / "a", resume="auto", **OPTIONS), tmp_path / "a", 3, 0.3 + seconds)
+    print("newest checkpoint at each kill:", left)
+    assert same(tmp_path / "a", straight)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -161,8 +153,7 @@ def test_more_steps_and_a_torn_metrics_line_are_no_other_run(pair, straight, tmp
 def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(pair, straight, tmp_path):
     out, log = cut_back(straight, tmp_path / "a", 2), tmp_path / "log"
     argv = flags(pair, out, resume="true", **OPTIONS)
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # bytes a file
-    assert finished(argv, full, log) == 1
+    assert finished(argv, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)), log) == 1  # bytes a file
     assert (
         log.read_text().splitlines()[-1].startswith("train.py: could not save") and "Traceback" not in log.read_text()
     )
@@ -220,58 +211,17 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
     monkeypatch.setattr(rollout, "seed_for", lambda *_: 1)
     rows, weights = test_train.run(pair, tmp_path / "c")
     assert rows[0]["rollout/distinct"] == 0.5 and far(weights, before) > 0
-    nothing = lambda self, prompts, seeds, **_: [rollout.Rollout(p, [], [], "stop") for p in prompts]
-    monkeypatch.setattr(rollout.HFSampler, "sample", nothing)
+    empty = [rollout.Rollout([1, 5], [], [], "stop")] * 6
+    monkeypatch.setattr(rollout.HFSampler, "sample", lambda *_, **__: empty)
     rows, weights = test_train.run(pair, tmp_path / "d")
     assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0
 
 
-# -----------------------------------------------------------------------------
-# finite in, finite out; random flags and files: success or one line
-
-logps = st.one_of(st.sampled_from([0.0, -math.inf, -1e-7, -60000.0, -1e30]), st.floats(-100, 0, width=32))
-dtypes = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
-examples = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
-
-
-def tensor(data, *shape, values=logps):
-    flat = data.draw(st.lists(values, min_size=math.prod(shape), max_size=math.prod(shape)))
-    return torch.tensor(flat).reshape(shape).to(data.draw(dtypes))
-
-
-@examples
-@given(st.data(), st.integers(0, 3), st.integers(0, 6))
-def test_gates_are_finite(data, B, T):
-    logp, old = tensor(data, B, T), tensor(data, B, T)
-    mask, newline = (tensor(data, B, T, values=st.booleans()).bool() for _ in range(2))
-    kind, stat = data.draw(st.sampled_from(gating.KINDS)), data.draw(st.sampled_from(gating.STATS))
-    options = dict(
-        tau=data.draw(st.sampled_from([0.0, 1.0, 1e4, 1e30])), block=data.draw(st.integers(1, 8)), span_min=2
-    )
-    g, s = gating.gate(logp, old, mask, kind, stat=stat, newline=newline, **options)
-    assert g.isfinite().all() and s.isfinite().all() and ((g >= 0) & (g <= 1)).all() and not g[~mask].any()
-    assert gating.normalise(g, mask).isfinite().all()
-    assert all(x.isfinite() for x in gating.gate_stats(g, s, gating.drift(logp, old, mask), mask).values())
-
-
-@examples
-@given(st.data(), st.integers(0, 4), st.integers(2, 5), st.sampled_from(["opd", "lsm", "exact", "tail"]))
-def test_losses_and_their_gradients_are_finite(data, N, K, kind):
-    switch = lambda *values: data.draw(st.sampled_from(values))
-    if kind == "opd":
-        x, old, teacher = (tensor(data, N) for _ in range(3))
-        loss, info = losses.opd_loss(
-            x.requires_grad_(), old, teacher, switch(None, 0.2), switch(None, 0.2), switch(None, 3.0)
-        )
-        assert all(value.isfinite().all() for value in info.values())
-    else:
-        x, logq = tensor(data, N, K).requires_grad_(), tensor(data, N, K)
-        support = switch(None, tensor(data, N, K, values=st.booleans()).bool())
-        options = dict(log_ratio_clamp=switch(None, 2.0), forward=switch(False, True))
-        if kind == "exact":
-            options |= dict(renormalise=False, lse=x.float().nan_to_num(neginf=-1e4).logsumexp(-1))
-        normal = (v.float().nan_to_num(neginf=-1e4).log_softmax(-1) - 0.1 for v in (x, logq))
-        loss = losses.tail_loss(*normal) if kind == "tail" else losses.lsm_loss(x, logq, support, **options)
-    assert loss.isfinite().all()
-    loss.sum().backward()
-    assert x.grad.isfinite().all() or x.dtype == torch.float16  # r A, unclipped, is e^20 * 1e4: no fp16 number
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as tmp:
+        options = OPTIONS | dict(steps=int(sys.argv[2]))
+        argv = [flags(toy.models(), Path(tmp, name), resume="auto", **options) for name in ("straight", "killed")]
+        clock = time.time()
+        assert finished(argv[0]) == 0
+        left = killed(argv[1], Path(tmp, "killed"), int(sys.argv[1]), 0.4 * (time.time() - clock))
+        print(f"newest checkpoint at each kill: {left}; the same: {same(Path(tmp, 'killed'), Path(tmp, 'straight'))}")
