@@ -3,8 +3,10 @@
 A field is a flag: `lr` is `--lr`. Precedence: the default below < the preset < the command line.
 """
 
+import os
+import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 BENCHMARKS = "math500,aime24,aime25,amc23"  # the paper's four, in its order
@@ -23,8 +25,15 @@ PRESETS = {
 }  # fmt: skip
 
 
-def arg(default, help):
-    return field(default=default, metadata={"help": help})
+# What may change when a run goes on: length, reports, and where it computes. The rest makes it another run.
+MAY_CHANGE = set(
+    "preset steps eval_data eval_every eval_problems k sample_every save_every keep out overwrite resume log device "
+    "threads rollout tp vllm_memory micro_tokens grad_ckpt diagnostics max_bad_updates trust_remote_code".split()
+)
+
+
+def arg(default, help, **more):
+    return field(default=default, metadata={"help": help} | more)
 
 
 @dataclass
@@ -65,6 +74,7 @@ class TrainConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]")
     sample_top_k: int = arg(0, "sample among this many most likely tokens; 0: all")
     max_response: int = arg(16384, "tokens")
+    drop_truncated: bool = arg(False, "do not train on responses cut at --max_response")
     tp: int = arg(1, "vllm: neighbouring ranks that share one engine, for students too large for one GPU")
     vllm_memory: float = arg(0.4, "share of a GPU's memory that vLLM may take")
     # optimisation
@@ -79,6 +89,7 @@ class TrainConfig:
     weight_decay: float = arg(0.01, "AdamW")
     grad_clip: float = arg(1.0, "largest gradient norm; 0: off")
     grad_ckpt: bool = arg(False, "recompute activations in the backward pass")
+    max_bad_updates: int = arg(10, "stop after so many updates in a row whose loss or gradient is not finite; 0: never")
     diagnostics: bool = arg(True, "log drift and support mass also where an ungated top-k loss does not need them")
     # evaluation in the loop
     eval_data: str = arg("toy", "held-out problems: names or files, comma-separated; empty: none")
@@ -91,7 +102,12 @@ class TrainConfig:
     keep: int = arg(2, "newest checkpoints kept")
     out: str = arg("", "folder of the run; default out/PRESET")
     overwrite: bool = arg(False, "delete the run that --out holds and start again")
-    resume: bool = arg(False, "go on from the newest checkpoint in --out")
+    resume: str = arg(
+        "false",
+        "go on from the newest checkpoint in --out; auto: where there is one, else start",
+        nargs="?",
+        const="true",
+    )
     log: Literal["none", "wandb", "tensorboard"] = arg("none", "also log there")
     seed: int = arg(0, "of everything random")
     device: str = arg("", "cpu or cuda; default cuda where it is")
@@ -147,10 +163,19 @@ def parse(cls, argv=None):
         preset = cfg.preset or _default_preset()
         parser.set_defaults(**PRESETS[preset] | {"preset": preset})
         cfg = cls(**vars(parser.parse_args(argv)))
-        cfg.out = cfg.out or f"out/{preset}"
+        cfg.out, cfg.resume = cfg.out or f"out/{preset}", cfg.resume.lower()
     for problem in problems(cfg):
         parser.error(problem)
     return cfg
+
+
+def command(cfg):
+    """The shortest command line of train.py that gives cfg."""
+    defaults = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
+    given = {name: x for name, x in asdict(cfg).items() if x != defaults[name] or name in ("preset", "out")}
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
+    return f"{launcher} train.py " + " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in given.items())
 
 
 def _default_preset():
@@ -164,10 +189,14 @@ def problems(cfg):
     low = dict(block=1, tau=0, span_min=1, prompts=1, group=1, max_prompt=1, max_response=1, steps=1, epochs=1)
     low |= dict(minibatches=1, micro_tokens=1, clip=0, clip_high=0, dual_clip=0, log_ratio_clamp=0, sample_top_k=0)
     low |= dict(lr=0, warmup=0, weight_decay=0, grad_clip=0, eval_every=0, eval_problems=0, save_every=0, keep=1)
-    low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, limit=0, max_tokens=1, batch=1)
+    low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, max_bad_updates=0, seed=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
         if getattr(cfg, name, least) < least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
+    for name, x in asdict(cfg).items():
+        most = 2**63 - 1 if name == "seed" else 2**31 - 1
+        if isinstance(x, int | float) and not x <= most:  # so that NaN is caught too
+            yield f"--{name} is {x}; it must be at most {most}"
     if not 0 < cfg.top_p <= 1:
         yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
     if cfg.temperature <= 0:
@@ -183,7 +212,11 @@ def problems(cfg):
             yield "--compare, --regrade and --overwrite exclude each other"
     if not 0 < cfg.vllm_memory <= 1:
         yield f"--vllm_memory is {cfg.vllm_memory}; it must lie in (0, 1]"
+    if cfg.device not in ("", "cpu", "cuda"):
+        yield f"--device is {cfg.device!r}; it is cpu or cuda"
     if isinstance(cfg, TrainConfig):
+        if not 0 <= cfg.beta2 < 1:
+            yield f"--beta2 is {cfg.beta2}; it must lie in [0, 1)"
         if not 0 <= cfg.beta <= 1:
             yield f"--beta is {cfg.beta}; it must lie in [0, 1]"
         if cfg.topk < 2 and cfg.loss != "opd":
@@ -192,5 +225,7 @@ def problems(cfg):
             yield f"--span_max is {cfg.span_max}, below --span_min, {cfg.span_min}"
         if cfg.minibatches > cfg.prompts * cfg.group:
             yield f"--minibatches is {cfg.minibatches}, more than the {cfg.prompts * cfg.group} responses of a step"
-        if cfg.resume and cfg.overwrite:
+        if cfg.resume not in ("auto", "true", "false"):
+            yield f"--resume is {cfg.resume}; it is auto, true or false"
+        if cfg.resume != "false" and cfg.overwrite:
             yield "--resume and --overwrite exclude each other"

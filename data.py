@@ -5,10 +5,12 @@ ids = encode(problems[0], tokenizer, "auto")   # prompt token ids; the template 
 minibatches = make_batches(rollouts, ...)      # [minibatch][micro-batch] of Batch, for this rank
 """
 
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,33 +61,52 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
             raise ValueError(f"{name} is empty")
         kind = "parquet" if suffix == ".parquet" else "json"
         try:
-            rows = datasets.Dataset.from_parquet(name) if kind == "parquet" else datasets.Dataset.from_json(name)
-        except datasets.exceptions.DatasetGenerationError as error:
+            rows = datasets.Dataset.from_parquet(name) if kind == "parquet" else read_json(name)
+        except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
             raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
     else:
         path, config, split = HUB.get(name, (name, None, "train"))
         rows = datasets.load_dataset(path, config, split=split)
-    if seed is not None:
-        rows = rows.shuffle(seed=seed)
-    rows = rows.select(range(min(len(rows), MOST)))
+    order = range(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows)).tolist()
     if len(rows) == 0:
         raise ValueError(f"{name} is empty")
-    columns = {c.lower(): c for c in rows.column_names}
+    names = dict.fromkeys(c for row in rows for c in row) if isinstance(rows, list) else rows.column_names
+    columns = {c.lower(): c for c in names}
     prompt = next((columns[c] for c in PROMPT_COLUMNS if c in columns), None)
     answer = next((columns[c] for c in ANSWER_COLUMNS if c in columns), "reward_model")
-    if prompt is None or answer not in rows.column_names:
+    if prompt is None or answer not in names:
         known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
-        raise ValueError(f"{name} has columns {rows.column_names}; a prompt and an answer are called {known}")
+        raise ValueError(f"{name} has columns {list(names)}; a prompt and an answer are called {known}")
     stem, problems, seen = Path(name).stem, [], set()
-    for i, row in enumerate(rows.select_columns(list({prompt, answer, *columns.get("id", "").split()}))):
-        text, gold = row[prompt], row[answer]
-        gold = gold["ground_truth"] if isinstance(gold, dict) else str(gold)
+    for i in order[:MOST]:
+        row = rows[i]
+        text, gold = row.get(prompt), row.get(answer)
+        gold = gold.get("ground_truth") if isinstance(gold, dict) else gold
+        chat = (
+            isinstance(text, list)
+            and text
+            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in text)
+        )
+        if not (isinstance(text, str) and text.strip() or chat and all(isinstance(m["content"], str) for m in text)):
+            raise ValueError(f"{name}, row {i + 1}: {prompt} {text!r} is neither a text nor a list of chat messages")
+        if gold is None or isinstance(gold, (dict, list)):
+            raise ValueError(f"{name}, row {i + 1}: {answer} {gold!r} is not an answer")
         key = str(text)
         if key not in seen:
             seen.add(key)
             id = str(row.get(columns.get("id"), f"{stem}-{i}"))
-            problems.append(Problem(id, text, gold.split("####")[-1].strip()))  # GSM8K: reasoning #### answer
+            problems.append(Problem(id, text, str(gold).split("####")[-1].strip()))  # GSM8K: reasoning #### answer
     return problems[:limit] if limit else problems
+
+
+def read_json(path) -> list[dict]:
+    """Rows of a .jsonl file, or of a .json file that holds a list. pyarrow's reader segfaults on some malformed files."""
+    text = Path(path).read_text(encoding="utf-8")
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    if odd := [row for row in rows if not isinstance(row, dict)]:
+        raise ValueError(f"{str(odd[0])[:80]!r} is a row, and no object")
+    return rows
 
 
 def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
@@ -176,6 +197,10 @@ class Batch:
     def spread(self, x):
         """[N] to [B, T], zeros at padding."""
         return x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
+
+    def prompt(self, row):
+        """The prompt of a row that has response tokens, a tuple of ids."""
+        return tuple(self.ids[row, : int(self.cols[self.rows == row][0]) + 1].tolist())
 
     def see(self, logp):
         """The first log-probs [N] that the trainer computes on this batch are its old ones."""

@@ -77,7 +77,7 @@ def normalise(g: Tensor, mask: Tensor) -> Tensor:
 def drift(logp: Tensor, logp_old: Tensor, mask: Tensor) -> Tensor:
     """d = logp - logp_old [B, T], in nats, fp32; 0 outside the mask and where both are -inf."""
     d = logp.float() - logp_old.float()
-    return d.masked_fill(~mask.bool(), 0.0).nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
+    return d.masked_fill(~mask.bool(), 0.0).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
 
 
 def block_segments(mask: Tensor, block: int) -> Tensor:

@@ -19,7 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-
 # -----------------------------------------------------------------------------
 # position losses
 
@@ -37,8 +36,8 @@ def opd_loss(
     At r = 1 its gradient is the policy gradient of the token-level reverse KL. dual_clip c bounds the
     loss by -c A where A < 0 (Ye et al. 2020; verl's default 3). None turns a bound off.
     """
-    advantage = _finite(logp_teacher - logp_old).detach()
-    ratio = (_finite(logp - logp_old)).clamp(-20, 20).exp()
+    advantage = (_finite(logp_teacher) - _finite(logp_old)).detach()
+    ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()
     low = 0.0 if clip_low is None else 1 - clip_low
     high = math.inf if clip_high is None else 1 + clip_high
     surrogate, clipped = ratio * advantage, ratio.clamp(low, high) * advantage
@@ -70,13 +69,12 @@ def lsm_loss(
         raise ValueError("K = 1: renormalised on one token, the loss is always 0")
     if not renormalise and lse is None:
         raise ValueError("renormalise=False needs the student's logsumexp, lse")
-    z, logq = _finite(z.float()), _finite(logq.float())
+    z, logq = (_finite(z) if renormalise else _finite(z.float() - lse[..., None])), _finite(logq)
     if support is not None:  # finite, so that no NaN reaches a gradient
         z, logq = z.masked_fill(~support, -1e30), logq.masked_fill(~support, -1e30)
+    logp = z
     if renormalise:
         logp, logq = z.log_softmax(-1), logq.log_softmax(-1)
-    else:
-        logp = z - lse[..., None]
     if forward:
         logp, logq = logq, logp
     ratio = logp - logq
@@ -88,7 +86,7 @@ def lsm_loss(
 
 def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
     """Reverse KL over K + 1 outcomes [...]: the K true log-probs [..., K] and all other tokens as one."""
-    return lsm_loss(_with_tail(_finite(logp.float())), _with_tail(_finite(logq.float())))
+    return lsm_loss(_with_tail(_finite(logp)), _with_tail(_finite(logq)))
 
 
 def _with_tail(logp: Tensor) -> Tensor:
@@ -98,8 +96,8 @@ def _with_tail(logp: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Keeps differences of log-probs of -inf out of the arithmetic."""
-    return x.nan_to_num(nan=0.0, posinf=1e4, neginf=-1e4)
+    """Log-probs in fp32, -inf as -1e4, so that differences stay finite. NaN stays: the training loop must see it."""
+    return x.float().clamp(-1e4, 1e4)
 
 
 # -----------------------------------------------------------------------------

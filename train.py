@@ -11,13 +11,14 @@ micro-batches and ranks, which divides the summed gradient once.
     torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, one sampler a rank
 """
 
+import importlib.util
 import json
+import math
 import os
 import random
-import shutil
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ import data
 import evaluate
 import plot
 import rollout
-from configs import TrainConfig, parse
+from configs import TrainConfig, command, parse
 from gating import drift, gate
 from policy import FULL_KL, full_weights, head_weights, load_policy, position_loss, score, teacher_targets
 
@@ -42,6 +43,8 @@ def init_device(cfg):
     """(rank, world, device). RANK shards the data, LOCAL_RANK picks the device and nothing else."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if name == "cuda" and not torch.cuda.is_available():
+        checkpoint.stop("--device cuda: torch finds none here")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
@@ -56,13 +59,9 @@ def prepare(cfg, device):
     """All that can be wrong before a model loads: the output folder, tokenizers, lengths, data. Raises ValueError, OSError."""
     from transformers import AutoConfig, AutoTokenizer
 
-    out = Path(cfg.out)
-    if (out / "config.json").exists() and not (cfg.resume or cfg.overwrite):
-        raise ValueError(
-            f"{out} already holds a run: --resume goes on with it, --overwrite deletes it, --out names another"
-        )
-    if cfg.resume and not checkpoint.latest(out):
-        raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    found = checkpoint.to_resume(cfg)
+    if cfg.log != "none" and not importlib.util.find_spec(cfg.log):
+        raise ValueError(f"--log {cfg.log}: pip install {cfg.log}")
     rollout.choose(cfg.rollout, device.type)  # raises where vLLM is asked for and cannot run
     paths = {"teacher": cfg.teacher, "student": cfg.student}
     if "toy" in paths.values():
@@ -92,7 +91,7 @@ def prepare(cfg, device):
     for problem in (problem for name in held_out for problem in held_out[name]):
         if (n := len(data.encode(problem, tokenizer, cfg.template))) > cfg.max_prompt:
             raise ValueError(f"held-out problem {problem.id} has {n} tokens, more than --max_prompt {cfg.max_prompt}")
-    return paths, tokenizer, vocab, stream, held_out
+    return found, paths, tokenizer, vocab, stream, held_out
 
 
 def sampling(cfg):
@@ -120,7 +119,7 @@ def held_out_gap(policy, teacher, minibatches, cfg):
 
 def update(policy, optimizer, batches, cfg, want_logp):
     """One optimizer step on a minibatch: micro-batches add up sum(g * loss), and the gradient is divided by sum(g) once."""
-    sums, tracks = torch.zeros(2, device=batches[0].ids.device), []
+    sums, tracks, losses = torch.zeros(2, device=batches[0].ids.device), [], []
     gate_options = {name: getattr(cfg, name) for name in ("tau", "stat", "block", "span_min", "span_max")}
     for batch in batches:
         logp, loss, info = position_loss(policy, batch, cfg, want_logp)
@@ -134,19 +133,46 @@ def update(policy, optimizer, batches, cfg, want_logp):
         weighted.backward()
         sums += torch.stack([weighted.detach(), g.sum()])
         tracks.append(info | {"where": batch.where})
+        losses.append(loss.detach())
     scale = 1.0
     if dist.is_initialized():
         dist.all_reduce(sums)
         scale = dist.get_world_size()  # FSDP has averaged over the ranks; the denominator is global
-    params = [p for p in policy.parameters() if p.grad is not None]
+    params, tiny = [p for p in policy.parameters() if p.grad is not None], torch.finfo(torch.float32).tiny
     for p in params:
-        p.grad *= scale / sums[1].clamp(min=torch.finfo(torch.float32).tiny)
+        p.grad *= scale / sums[1].clamp(min=tiny)
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    if norm.isfinite():
+    result = {"loss": (sums[0] / sums[1].clamp(min=tiny)).item(), "grad_norm": norm.item()}
+    result["skipped"] = not all(map(math.isfinite, result.values()))  # the same on every rank
+    if result["skipped"]:
+        result["suspects"] = suspects(batches, losses)
+    else:
         optimizer.step()
     optimizer.zero_grad()
-    return tracks, {"loss": (sums[0] / sums[1]).item(), "grad_norm": norm.item(), "skipped": float(not norm.isfinite())}
+    return tracks, result
+
+
+def suspects(batches, losses):
+    """The prompts (token ids) on all ranks with a loss that is not finite; where only the gradient is not, all of them."""
+    pairs = list(zip(batches, losses, strict=True))
+    found = [[batch.prompt(row) for row in batch.rows[~loss.isfinite()].unique()] for batch, loss in pairs]
+    found = sum(sum(checkpoint.gather(found), []), [])
+    return found or sum(sum(checkpoint.gather([[b.prompt(row) for row in b.rows.unique()] for b in batches]), []), [])
+
+
+def bad_in_a_row(updates, bad, names, cfg, say):
+    """Skipped updates in a row, now. Reports each with its prompts; all ranks exit after cfg.max_bad_updates of them."""
+    for _, result in updates:
+        bad = bad + 1 if result["skipped"] else 0
+        if bad:
+            found = ", ".join(sorted({names[prompt] for prompt in result["suspects"]}))
+            say(f"update skipped, {bad} in a row: its loss or gradient is not finite. Prompts: {found}")
+        if bad == cfg.max_bad_updates > 0:
+            checkpoint.stop(
+                f"{bad} updates in a row were not finite (--max_bad_updates); the checkpoints hold none of them"
+            )
+    return bad
 
 
 def learning_rate(cfg, step):
@@ -162,35 +188,24 @@ def main(cfg):
     rank, world, device = init_device(cfg)
     say = tqdm.write if rank == 0 else lambda *_: None
     say(f"preset {cfg.preset}, {device}, {world} rank(s)")
-    prepared = error = None
-    try:
-        prepared = prepare(cfg, device)
-    except (ValueError, OSError) as e:
-        error = " ".join(str(e).split())
-    if errors := [e for e in checkpoint.gather(error) if e]:  # every rank has looked before one writes
-        sys.exit(f"train.py: {errors[0]}" if rank == 0 else 1)
-    paths, tokenizer, vocab, stream, held_out = prepared
-    out = Path(cfg.out)
-    if rank == 0:
-        if cfg.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(asdict(cfg), indent=1) + "\n")
+    attempt, out = checkpoint.attempt, Path(cfg.out)
+    found, paths, tokenizer, vocab, stream, held_out = attempt(
+        prepare, cfg, device
+    )  # every rank looks before one writes
+    attempt(checkpoint.claim, cfg)
     say(json.dumps(asdict(cfg)))
     first = data.encode(stream.problems[0], tokenizer, cfg.template)
     say(f"a prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
 
-    policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
-    teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    policy = attempt(load_policy, paths["student"], cfg, vocab, device, trainable=True)
+    teacher = attempt(load_policy, paths["teacher"], cfg, vocab, device, trainable=False)
     policy.teacher_head = head_weights(teacher) if cfg.loss in FULL_KL else None
     betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
-    start = 0
-    if cfg.resume:
-        start = checkpoint.restore(checkpoint.latest(out), policy, optimizer, stream)
-    sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, say)
+    start = checkpoint.restore(found, policy, optimizer, stream) if found else 0
+    sampler = attempt(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, say)
     newline = data.newline_tokens(tokenizer, vocab)
-    log = checkpoint.make_logger(cfg, out, start) if rank == 0 else lambda _: None
+    log = partial(attempt, attempt(checkpoint.make_logger, cfg, out, start))
     want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
 
     def run_eval(step):
@@ -214,27 +229,30 @@ def main(cfg):
         log({"step": 0} | run_eval(0))
 
     # ------------------------------------------------------------------------- the loop
-    steps = range(start, cfg.steps)
+    step, saved, bad = start - 1, None, 0
+    steps = checkpoint.until_stopped(range(start, cfg.steps))
     bar = tqdm(steps, initial=start, total=cfg.steps, disable=rank > 0, unit="step")
     for step in bar:
         clock = {"start": now(device)}
-        jobs = []
+        jobs, names = [], {}
         for problem, ids in (stream.next() for _ in range(cfg.prompts)):
             seeds = [rollout.seed_for(cfg.seed, step, problem.id, i) for i in range(cfg.group)]
             jobs += [(ids, seed) for seed in seeds]
+            names[tuple(ids)] = problem.id
         sampler.sync(full_weights(policy))
         rollouts = sample(sampler, jobs, cfg, rank, world)
         sampler.sleep()
         clock["rollout"] = now(device)
 
-        minibatches = data.make_batches(rollouts, cfg, step, rank, world, newline, device)
+        kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
+        minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
         batches = [batch for minibatch in minibatches for batch in minibatch]
         for batch in batches:
             batch.targets = teacher_targets(teacher, batch, cfg)
         clock["teacher"] = now(device)
 
         with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
-            for batch in batches[len(minibatches[0]) :] if want_logp else ():
+            for batch in (batch for m in minibatches[1:] for batch in m if want_logp):
                 batch.see(score(policy, batch, cfg.temperature))
             check = batches[:1] if cfg.temperature != 1 else []  # samplers report temperature 1
             raw = [(batch, score(policy, batch, 1.0)) for batch in check]
@@ -246,6 +264,7 @@ def main(cfg):
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
             updates += [update(policy, optimizer, m, cfg, want_logp) for m in minibatches]
         clock["update"] = now(device)
+        bad = bad_in_a_row(updates, bad, names, cfg, say)
 
         raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
         metrics = {"step": step + 1, "lr": learning_rate(cfg, step)}
@@ -261,12 +280,19 @@ def main(cfg):
             text = tokenizer.decode(rollouts[0].response)
             say(f"--- step {step + 1}, a response ({rollouts[0].finish}): {text!r}")
         if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            checkpoint.save(out, step + 1, policy, optimizer, stream, cfg.keep)
+            attempt(checkpoint.save, out, step + 1, policy, optimizer, stream, cfg)
+            saved = step
 
-    checkpoint.save_model(out / "final", policy, tokenizer)
-    if rank == 0:
-        plot.draw(out)
-        say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
+    if step + 1 < cfg.steps:  # stopped
+        if step != saved:
+            attempt(checkpoint.save, out, step + 1, policy, optimizer, stream, cfg)
+        again = command(replace(cfg, resume="true", overwrite=False))
+        say(f"stopped after step {step + 1} of {cfg.steps}, and saved; this goes on:\n{again}")
+    else:
+        attempt(checkpoint.save_model, out / "final", policy, tokenizer)
+        if rank == 0:
+            plot.draw(out)
+            say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
     if world > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,227 @@
+"""python -m pytest test_survive.py             (a run is a forked child: no imports to wait for)
+
+python test_survive.py 10 20     # 20 steps straight, and 20 with 10 kills at random moments
+"""
+
+import math
+import multiprocessing
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import checkpoint
+import rollout
+import test_train
+import toy
+import train
+from configs import TrainConfig, parse
+from test_train import far, flags, metrics
+
+pair = test_train.pair  # random teacher and student
+fork = multiprocessing.get_context("fork")
+OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
+
+
+def start(argv, setup=lambda: None, log=os.devnull):
+    """A child that runs train.py on argv; what it prints goes to the file `log`."""
+
+    def child():
+        for fd in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
+        sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
+        torch.set_num_threads(1)
+        train.plot.draw = lambda out: None  # half of the time of a short run
+        setup()
+        train.main(parse(TrainConfig, argv))
+
+    process = fork.Process(target=child)
+    process.start()
+    return process
+
+
+def finished(*args, **kwargs):
+    process = start(*args, **kwargs)
+    process.join()
+    return process.exitcode
+
+
+def outcome(out):
+    """(metrics but times, final weights). The metrics hold a checksum of every step's rollouts."""
+    rows = [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in metrics(out)]
+    return rows, load_file(Path(out) / "final" / "model.safetensors")
+
+
+def same(a, b):
+    return outcome(a)[0] == outcome(b)[0] and far(outcome(a)[1], outcome(b)[1]) == 0
+
+
+@pytest.fixture(scope="module")
+def straight(pair, tmp_path_factory):
+    """A finished run of OPTIONS, not stopped once."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert finished(flags(pair, out, **OPTIONS)) == 0
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3, 4, 5] and "rollout/checksum" in metrics(out)[-1]
+    return out
+
+
+def cut_back(straight, out, step):
+    """A copy of the run as a kill right after a step leaves it."""
+    shutil.copytree(straight, out)
+    for path in [p for p in out.glob("step-*") if checkpoint.number(p) > step] + [out / "final"]:
+        shutil.rmtree(path)
+    return out
+
+
+# -----------------------------------------------------------------------------
+# kills and signals
+
+
+def killed(argv, out, n, longest, seed=0):
+    """Runs argv (--resume auto) with n SIGKILLs, each up to `longest` seconds after a start; the newest steps then."""
+    rng, left = random.Random(seed), []
+    for _ in range(n):
+        process = start(argv)
+        process.join(rng.uniform(0, longest))
+        process.kill()
+        process.join()
+        left.append(checkpoint.latest(out) and checkpoint.number(checkpoint.latest(out)))
+    assert finished(argv) == 0
+    return left
+
+
+def test_killed_run_ends_bit_for_bit_like_one_that_was_not(pair, straight, tmp_path):
+    seconds = sum(x for row in metrics(straight) for name, x in row.items() if name.startswith("time"))
+    left = killed(flags(pair, tmp_path / "a", resume="auto", **OPTIONS), tmp_path / "a", 3, 0.3 + seconds)
+    print("newest checkpoint at each kill:", left)
+    assert same(tmp_path / "a", straight)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum):
+    out, log = tmp_path / "a", tmp_path / "log"
+    process = start(flags(pair, out, **OPTIONS | dict(save_every=0)), log=log)
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+        time.sleep(0.01)
+    os.kill(process.pid, signum)
+    process.join()
+    again = log.read_text().splitlines()[-1]
+    assert process.exitcode == 0 and again.startswith("python train.py") and 1 <= len(metrics(out)) < 6
+    assert finished(shlex.split(again)[2:] + ["--save_every", "1"]) == 0 and same(out, straight)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path):
+    out, port = cut_back(straight, tmp_path / "a", 2), str(random.randint(20000, 60000))
+    world = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+    argv = flags(pair, out, resume="auto", **OPTIONS)
+    ranks = [start(argv, lambda r=r: os.environ.update(world, RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
+    assert [rank.join() or rank.exitcode for rank in ranks] == [0, 0]
+    (rows, weights), (expected, one) = outcome(out), outcome(straight)
+    assert rows[3]["rollout/checksum"] == expected[3]["rollout/checksum"]  # the step after the checkpoint
+    assert far(weights, one) < 1e-4
+
+
+# -----------------------------------------------------------------------------
+# resuming with other flags; faults of the disk
+
+
+@pytest.mark.parametrize("options, message", [(dict(lr=0.5), "--lr 0.003, not 0.5"), (dict(seed=3), "--seed 0, not 3")])
+def test_changed_flags_are_refused_with_both_values(pair, straight, options, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(parse(TrainConfig, flags(pair, straight, resume="auto", **OPTIONS | options)))
+
+
+def test_more_steps_and_a_torn_metrics_line_are_no_other_run(pair, straight, tmp_path):
+    out = tmp_path / "a"
+    argv = flags(pair, out, resume="auto", **OPTIONS)
+    assert finished([*argv, "--steps", "3"]) == 0
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert finished([*argv, "--sample_every", "1"]) == 0 and same(out, straight)
+
+
+def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(pair, straight, tmp_path):
+    out, log = cut_back(straight, tmp_path / "a", 2), tmp_path / "log"
+    argv = flags(pair, out, resume="true", **OPTIONS)
+    assert finished(argv, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)), log) == 1  # bytes a file
+    assert (
+        log.read_text().splitlines()[-1].startswith("train.py: could not save") and "Traceback" not in log.read_text()
+    )
+    assert checkpoint.latest(out).name == "step-2" and not list(out.glob("*.tmp"))
+    assert finished(argv) == 0 and same(out, straight)
+
+
+def test_folders_that_cannot_be_written_are_one_line(pair, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "b" / "metrics.jsonl").mkdir(parents=True)
+    for out, message in (("file/a", "Not a directory"), ("b", "Is a directory")):
+        with pytest.raises(SystemExit, match=f"train.py: .*{message}"):
+            train.main(parse(TrainConfig, flags(pair, tmp_path / out)))
+
+
+# -----------------------------------------------------------------------------
+# bad numbers, degenerate rollouts
+
+
+def broken_from(monkeypatch, first, last):
+    """Losses of these calls are NaN."""
+    calls, loss = [], train.position_loss
+
+    def position_loss(*args):
+        logp, x, info = loss(*args)
+        calls.append(1)
+        return logp, x * math.nan if first <= len(calls) <= last else x, info
+
+    monkeypatch.setattr(train, "position_loss", position_loss)
+
+
+def test_update_that_is_not_finite_is_skipped_counted_and_named(pair, tmp_path, monkeypatch, capsys):
+    broken_from(monkeypatch, 2, 2)
+    rows, weights = test_train.run(pair, tmp_path / "a", minibatches=1, micro_tokens=10**6)
+    assert [row["skipped"] for row in rows] == [1, 0] and all(x.isfinite().all() for x in weights.values())
+    assert "update skipped, 1 in a row" in (text := capsys.readouterr().out) and "Prompts: toy-" in text
+
+
+def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monkeypatch):
+    out = cut_back(straight, tmp_path / "a", 2)
+    broken_from(monkeypatch, 1, 99)
+    with pytest.raises(SystemExit, match="4 updates in a row were not finite"):
+        train.main(parse(TrainConfig, flags(pair, out, resume="true", max_bad_updates=4, **OPTIONS)))
+    assert checkpoint.latest(out).name == "step-2"
+    monkeypatch.undo()
+    assert finished(flags(pair, out, resume="true", **OPTIONS)) == 0 and same(out, straight)
+
+
+def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, monkeypatch):
+    """Empty and, with --drop_truncated, truncated ones do not train; a step of them alone updates nothing. Equal ones do."""
+    before = load_file(Path(pair[1]) / "model.safetensors")
+    rows, weights = test_train.run(pair, tmp_path / "a", max_response=1, drop_truncated=True)
+    assert far(weights, before) == 0 and all(row["rollout/truncated"] == 1 and "loss" not in row for row in rows)
+    assert far(test_train.run(pair, tmp_path / "b", max_response=1)[1], before) > 0
+    monkeypatch.setattr(rollout, "seed_for", lambda *_: 1)
+    rows, weights = test_train.run(pair, tmp_path / "c")
+    assert rows[0]["rollout/distinct"] == 0.5 and far(weights, before) > 0
+    empty = [rollout.Rollout([1, 5], [], [], "stop")] * 6
+    monkeypatch.setattr(rollout.HFSampler, "sample", lambda *_, **__: empty)
+    rows, weights = test_train.run(pair, tmp_path / "d")
+    assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as tmp:
+        options = OPTIONS | dict(steps=int(sys.argv[2]))
+        argv = [flags(toy.models(), Path(tmp, name), resume="auto", **options) for name in ("straight", "killed")]
+        clock = time.time()
+        assert finished(argv[0]) == 0
+        left = killed(argv[1], Path(tmp, "killed"), int(sys.argv[1]), 0.4 * (time.time() - clock))
+        print(f"newest checkpoint at each kill: {left}; the same: {same(Path(tmp, 'killed'), Path(tmp, 'straight'))}")
