@@ -158,12 +158,19 @@ def versions():
 
 def save_model(path, policy, tokenizer):
     """The student as a Hugging Face folder, in the dtype that its own files came in; renamed once it is complete."""
-    weights = {name: w.to(policy.dtype).cpu() for name, w in full_weights(policy)}
+    lm, config = policy.lm, policy.lm.generation_config
+    tied = lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
+    weights = {name: w.to(policy.dtype).cpu() for name, w in full_weights(policy) if name not in tied}
+    if not config.do_sample and (config.temperature or config.top_p or config.top_k):
+        config.do_sample = True  # as some hub models come; transformers refuses to save them otherwise
     if not dist.is_initialized() or dist.get_rank() == 0:
         tmp = path.with_name(path.name + ".tmp")
         shutil.rmtree(tmp, ignore_errors=True)
         try:
-            policy.lm.save_pretrained(tmp, state_dict=weights)
+            lm.save_pretrained(tmp, state_dict=weights)
+            written = json.loads((tmp / "config.json").read_text())
+            written["dtype"] = str(policy.dtype).removeprefix("torch.")  # not that of the master weights
+            write(tmp / "config.json", json.dumps(written, indent=2) + "\n")
             tokenizer.save_pretrained(tmp)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(tmp, ignore_errors=True)

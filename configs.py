@@ -20,7 +20,7 @@ PRESETS = {
     ),
     "qwen3": dict(
         student="Qwen/Qwen3-1.7B-Base", teacher="Thinking-Space/Qwen3-4B-Base-GRPO", data="dapo",
-        eval_data="amc23", eval_every=50,
+        eval_data="amc23", eval_every=50, grad_ckpt=True,
     ),
 }  # fmt: skip
 
@@ -160,7 +160,7 @@ def parse(cls, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     cfg = cls(**vars(parser.parse_args(argv)))
     if cls is TrainConfig:
-        preset = cfg.preset or _default_preset()
+        preset = cfg.preset or _default_preset(cfg.device)
         parser.set_defaults(**PRESETS[preset] | {"preset": preset})
         cfg = cls(**vars(parser.parse_args(argv)))
         cfg.out, cfg.resume = cfg.out or f"out/{preset}", cfg.resume.lower()
@@ -178,10 +178,10 @@ def command(cfg):
     return f"{launcher} train.py " + " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in given.items())
 
 
-def _default_preset():
+def _default_preset(device):
     import torch
 
-    return "qwen3" if torch.cuda.is_available() else "tiny"
+    return "qwen3" if torch.cuda.is_available() and device != "cpu" else "tiny"
 
 
 def problems(cfg):
@@ -191,7 +191,7 @@ def problems(cfg):
     low |= dict(lr=0, warmup=0, weight_decay=0, grad_clip=0, eval_every=0, eval_problems=0, save_every=0, keep=1)
     low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, max_bad_updates=0, seed=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
-        if getattr(cfg, name, least) < least:
+        if not getattr(cfg, name, least) >= least:
             yield f"--{name} is {getattr(cfg, name)}; it must be at least {least}"
     for name, x in asdict(cfg).items():
         most = 2**63 - 1 if name == "seed" else 2**31 - 1
@@ -199,8 +199,10 @@ def problems(cfg):
             yield f"--{name} is {x}; it must be at most {most}"
     if not 0 < cfg.top_p <= 1:
         yield f"--top_p is {cfg.top_p}; it must lie in (0, 1]"
-    if cfg.temperature <= 0:
+    if not cfg.temperature > 0:
         yield f"--temperature is {cfg.temperature}; it must be above 0"
+    if cfg.template not in ("auto", "chat", "plain", "raw") and "{question}" not in cfg.template:
+        yield f"--template is {cfg.template!r}; it is auto, chat, plain, raw, or a text with {{question}}"
     if isinstance(cfg, EvalConfig):
         if 0 < cfg.n < cfg.k:
             yield f"--n {cfg.n} is less than --k {cfg.k}"

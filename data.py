@@ -74,13 +74,13 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
     columns = {c.lower(): c for c in names}
     prompt = next((columns[c] for c in PROMPT_COLUMNS if c in columns), None)
     answer = next((columns[c] for c in ANSWER_COLUMNS if c in columns), "reward_model")
-    if prompt is None or answer not in names:
+    if prompt is None or (answer not in names and seed is None):  # training needs no answers
         known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
         raise ValueError(f"{name} has columns {list(names)}; a prompt and an answer are called {known}")
     stem, problems, seen = Path(name).stem, [], set()
     for i in order[:MOST]:
         row = rows[i]
-        text, gold = row.get(prompt), row.get(answer)
+        text, gold = row.get(prompt), row.get(answer) if answer in names else ""
         gold = gold.get("ground_truth") if isinstance(gold, dict) else gold
         chat = (
             isinstance(text, list)
@@ -135,15 +135,22 @@ class PromptStream:
     def __init__(self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int):
         self.problems, self.tokenizer, self.template = problems, tokenizer, template
         self.max_prompt, self.seed = max_prompt, seed
-        self.position, self.dropped = 0, 0
+        self.position, self.dropped, self.shuffled = 0, 0, None
+
+    def peek(self) -> list[int]:
+        """The next prompt, without taking it."""
+        position, dropped = self.position, self.dropped
+        _, ids = self.next()
+        self.position, self.dropped = position, dropped
+        return ids
 
     def next(self) -> tuple[Problem, list[int]]:
         for _ in range(len(self.problems)):
             passes, i = divmod(self.position, len(self.problems))
-            if i == 0 or not hasattr(self, "order"):
-                self.order = random.Random(f"{self.seed} {passes}").sample(
-                    range(len(self.problems)), len(self.problems)
-                )
+            if self.shuffled != passes:
+                self.order = list(range(len(self.problems)))
+                random.Random(f"{self.seed} {passes}").shuffle(self.order)
+                self.shuffled = passes
             self.position += 1
             problem = self.problems[self.order[i]]
             ids = encode(problem, self.tokenizer, self.template)
@@ -247,6 +254,7 @@ def make_batches(rollouts, cfg, step, rank, world, newlines, device):
         packed = [pack(share, cfg.micro_tokens) for share in shares]
         batches = [collate(group, newlines, device) for group in packed[rank]]
         short = max(map(len, packed)) - len(batches)
-        batches += [collate(rollouts[:1], newlines, device, empty=True) for _ in range(short)]
+        shortest = min(rollouts, key=lambda r: len(r.prompt) + len(r.response))
+        batches += [collate([shortest], newlines, device, empty=True) for _ in range(short)]
         minibatches.append(batches)
     return minibatches

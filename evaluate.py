@@ -66,7 +66,7 @@ def cut(problems, n, batch):
     """This rank's jobs in parts of about `batch` responses, the same wherever an earlier run was killed."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     mine, step = problems[rank::world], max(1, batch // n)
-    for start in range(0, len(mine), step):
+    for start in range(0, len(problems[::world]), step):  # as many parts on every rank, the last may be empty
         yield [(s, problem, i) for s, problem in mine[start : start + step] for i in range(n)]
 
 
@@ -178,7 +178,7 @@ def prepare(cfg):
 
     identity = {name: x for name, x in asdict(cfg).items() if name not in FREE}
     device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    identity |= dict(rollout=rollout.choose(cfg.rollout, device)[0], device=device.type)
+    identity |= dict(rollout=rollout.choose(cfg.rollout, device.type)[0], device=device.type)
     identity["world"] = int(os.environ.get("WORLD_SIZE", 1))
     identity["weights"] = weights_digest(model, getattr(lm, "_commit_hash", None))
     for s in sets:
@@ -199,8 +199,8 @@ def run(cfg):
     say(f"first prompt: {tokenizer.decode(data.encode(problems[0][1], tokenizer, cfg.template))!r}")
     out = Path(cfg.out)
     if rank == 0:
-        if cfg.overwrite:
-            shutil.rmtree(out, ignore_errors=True)
+        if cfg.overwrite and (out / "identity.json").exists():  # nothing but an evaluation is ever deleted
+            shutil.rmtree(out)
         claim(out, identity)
     if world > 1:
         dist.barrier()
@@ -212,14 +212,18 @@ def run(cfg):
 
     sampling = {name: getattr(cfg, name) for name in ("max_tokens", "temperature", "top_p")}
     sampling |= dict(top_k=cfg.sample_top_k, seed=cfg.seed, template=cfg.template)
-    model = cfg, cfg.model, None, tokenizer, len(tokenizer), say
-    rows, sampler = kept(), None
+    rows = kept()
     parts = list(cut(problems, cfg.n, cfg.batch))
+    todo = [any((s, problem.id, i) not in rows for s, problem, i in jobs) for jobs in parts]
+    work = [None] * world
+    if world > 1:
+        dist.all_gather_object(work, any(todo))
+    if any(work) or any(todo):  # all ranks build their samplers together, or none does
+        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer), say)
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
-            if any((s, problem.id, j) not in rows for s, problem, j in jobs):
-                sampler = sampler or rollout.make_sampler(*model)
+            if todo[i]:
                 found = respond(sampler, tokenizer, jobs, grader, **sampling)
                 report.write_rows(out / f"part-{rank:03d}-{i:05d}.jsonl", found)
             bar.update(len(jobs))

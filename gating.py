@@ -88,7 +88,7 @@ def block_segments(mask: Tensor, block: int) -> Tensor:
 
 
 def span_segments(mask: Tensor, newline: Tensor, *, block: int, span_min: int, span_max: int) -> Tensor:
-    """Segment index [B, T]: spans that end at a newline, none (but a whole response) under span_min.
+    """Segment index [B, T]: spans that end at a newline, none (but a whole response) under span_min where span_max >= 2 span_min.
 
     A span is closed by the first newline that makes it span_min tokens or longer; a short rest joins
     the span before it; one over span_max is cut into equal parts; a response with no newline gets

@@ -268,7 +268,7 @@ def _default_block(x, cpu=21, cuda=27):
 def _mm(a, b, out=None):
     """a @ b with fp32 accumulation and an fp32 result; bf16 stays on the tensor cores, and is upcast on CPU."""
     if a.is_cuda and a.dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
 
 

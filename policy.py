@@ -28,6 +28,8 @@ class Policy(nn.Module):
             hidden = self.lm.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
         out = self.lm.get_output_embeddings()
         hidden = hidden[batch.rows, batch.cols]  # [N, H], the positions that predict the response
+        if hidden.is_cuda:  # autocast leaves the last norm's output in fp32
+            hidden = hidden.to(torch.bfloat16)
         return head(hidden, out.weight.to(hidden.dtype), out.bias)
 
 
@@ -42,11 +44,11 @@ def load_policy(path, cfg, vocab, device, *, trainable):
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()
-    policy = Policy(lm, vocab).to(device)
+    policy = Policy(lm, vocab)
     policy.dtype = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).dtype or torch.float32
     if dist.is_initialized():
-        shard(policy, device)
-    return policy
+        shard(policy, device)  # moves to the device what it keeps, layer by layer
+    return policy.to(device)
 
 
 def shard(policy, device):

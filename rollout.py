@@ -38,6 +38,16 @@ def seed_for(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
+def stops_of(path, tokenizer) -> list[int]:
+    """stop_ids of a model's folder or hub name; not every model comes with a generation_config.json."""
+    from transformers import GenerationConfig
+
+    try:
+        return stop_ids(tokenizer, GenerationConfig.from_pretrained(path))
+    except OSError:
+        return stop_ids(tokenizer)
+
+
 def stop_ids(tokenizer, generation_config=None) -> list[int]:
     """EOS ids of both together: a base model's generation config often lacks its chat template's end of turn."""
     found = set()
@@ -250,6 +260,8 @@ class VLLMSampler:
             dist.all_gather_object(parts, jobs, group=group.cpu_group)
             start = sum(map(len, parts[: group.rank_in_group]))
             jobs, mine = sum(parts, []), slice(start, start + len(jobs))
+        if not jobs:
+            return []
         params = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
         params |= dict(stop_token_ids=self.stops, logit_bias=self.banned or None, detokenize=False)
         params |= dict(logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
@@ -301,11 +313,7 @@ def make_sampler(cfg, path, model, tokenizer, vocab, say=print):
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, why = choose(cfg.rollout, device)
     say(f"sampling with {kind}: {why}")
-    try:
-        stops = stop_ids(tokenizer, hf.GenerationConfig.from_pretrained(path))
-    except OSError:  # not every model comes with a generation_config.json
-        stops = stop_ids(tokenizer)
-    trust = cfg.trust_remote_code
+    stops, trust = stops_of(path, tokenizer), cfg.trust_remote_code
     if kind == "vllm":
         max_len = cfg.max_prompt + cfg.max_response if hasattr(cfg, "max_prompt") else 0
         options = dict(max_len=max_len, memory=cfg.vllm_memory, tp=getattr(cfg, "tp", 1))

@@ -18,6 +18,7 @@ import os
 import random
 import time
 from dataclasses import asdict, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -48,7 +49,9 @@ def init_device(cfg):
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world > 1:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        # hours, because ranks wait for the slowest rollout; a dead rank is torchrun's to find
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=4))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -84,8 +87,7 @@ def prepare(cfg, device):
     tokenizer = tokenizers["student"]
     problems = data.load(cfg.data, seed=cfg.seed)
     stream = data.PromptStream(problems, tokenizer, cfg.template, cfg.max_prompt, cfg.seed)
-    stream.next()  # says where every prompt is too long
-    stream.position = stream.dropped = 0
+    stream.peek()  # says where every prompt is too long
     names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
     held_out = {name: data.load(name, limit=cfg.eval_problems) for name in names}
     for problem in (problem for name in held_out for problem in held_out[name]):
@@ -99,10 +101,10 @@ def sampling(cfg):
     return {name: getattr(cfg, field) for name, field in names.items()}
 
 
-def sample(sampler, jobs, cfg, rank, world):
+def sample(sampler, jobs, rank, world, **sampling):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling(cfg)))
+    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling))
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
@@ -189,13 +191,15 @@ def main(cfg):
     say = tqdm.write if rank == 0 else lambda *_: None
     say(f"preset {cfg.preset}, {device}, {world} rank(s)")
     attempt, out = checkpoint.attempt, Path(cfg.out)
-    found, paths, tokenizer, vocab, stream, held_out = attempt(
-        prepare, cfg, device
-    )  # every rank looks before one writes
+    # every rank looks before one writes
+    found, paths, tokenizer, vocab, stream, held_out = attempt(prepare, cfg, device)
     attempt(checkpoint.claim, cfg)
     say(json.dumps(asdict(cfg)))
-    first = data.encode(stream.problems[0], tokenizer, cfg.template)
-    say(f"a prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+    first = stream.peek()
+    ends = {role: rollout.stops_of(path, tokenizer) for role, path in paths.items()}
+    if ends["teacher"] != ends["student"]:
+        say(f"warning: the teacher ends its answers with {ends['teacher']}, the student with {ends['student']}")
+    say(f"the first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
 
     policy = attempt(load_policy, paths["student"], cfg, vocab, device, trainable=True)
     teacher = attempt(load_policy, paths["teacher"], cfg, vocab, device, trainable=False)
@@ -216,12 +220,13 @@ def main(cfg):
             found, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
             prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
             jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
-            rollouts = sample(sampler, jobs, cfg, rank, world)
+            whole = dict(top_p=1.0, top_k=0)  # under a truncated distribution it would be no KL
+            rollouts = sample(sampler, jobs, rank, world, **sampling(cfg) | whole)
+            sampler.sleep()
             minibatches = data.make_batches(rollouts, cfg, 0, rank, world, newline, device)
             found["gap"] = held_out_gap(policy, teacher, minibatches, cfg)
             prefix = "eval" if len(held_out) == 1 else f"eval/{name}"
             metrics |= {f"{prefix}/{key}": x for key, x in found.items()}
-        sampler.sleep()
         say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in metrics.items()))
         return metrics
 
@@ -240,7 +245,7 @@ def main(cfg):
             jobs += [(ids, seed) for seed in seeds]
             names[tuple(ids)] = problem.id
         sampler.sync(full_weights(policy))
-        rollouts = sample(sampler, jobs, cfg, rank, world)
+        rollouts = sample(sampler, jobs, rank, world, **sampling(cfg))
         sampler.sleep()
         clock["rollout"] = now(device)
 
@@ -254,7 +259,8 @@ def main(cfg):
         with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
             for batch in (batch for m in minibatches[1:] for batch in m if want_logp):
                 batch.see(score(policy, batch, cfg.temperature))
-            check = batches[:1] if cfg.temperature != 1 else []  # samplers report temperature 1
+            # Samplers report temperature 1; old log-probs serve where they are of temperature 1 too.
+            check = batches[:1] if cfg.temperature != 1 or not want_logp else []
             raw = [(batch, score(policy, batch, 1.0)) for batch in check]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
@@ -300,7 +306,7 @@ def main(cfg):
 def check_in_step(metrics, device):
     """Stops a run whose sampler holds other weights than the trainer."""
     off, bound = metrics.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
-    if off > bound:
+    if not off <= bound:  # NaN too
         raise RuntimeError(
             f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
             f"{off:.2g} nats on average, over the bound of {bound:g}, at step {metrics['step']}"
