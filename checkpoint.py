@@ -40,7 +40,7 @@ def number(folder):
 
 
 def to_resume(cfg):
-    """The checkpoint folder that this run goes on from, None where it starts. ValueError where --out is another run's."""
+    """The checkpoint that this run goes on from, None where it starts. ValueError where --out is another run's."""
     out, found = Path(cfg.out), None
     held = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
     if cfg.resume != "false":
@@ -183,7 +183,7 @@ def save_model(path, policy, tokenizer):
 
 
 def until_stopped(steps):
-    """The steps, until SIGTERM or Ctrl-C reaches any rank: the one under way is then the last. kill -9 does not wait."""
+    """The steps, until SIGTERM or Ctrl-C reaches any rank: then the one under way is the last."""
     caught, signals = [], (signal.SIGTERM, signal.SIGINT)
     before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in signals}
     try:
@@ -197,7 +197,7 @@ def until_stopped(steps):
 
 
 def attempt(task, *args, **kwargs):
-    """task(*args, **kwargs), where it succeeds on every rank; else all ranks exit, and one prints the first error in a line."""
+    """task(*args, **kwargs) where every rank succeeds; else all exit, and one prints the first error in a line."""
     result = error = None
     try:
         result = task(*args, **kwargs)

@@ -100,7 +100,7 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
 
 
 def read_json(path) -> list[dict]:
-    """Rows of a .jsonl file, or of a .json file that holds a list. pyarrow's reader segfaults on some malformed files."""
+    """Rows of a .jsonl file, or a .json file with a list. pyarrow's reader segfaults on some malformed files."""
     text = Path(path).read_text(encoding="utf-8")
     lines = [line for line in text.split("\n") if line.strip()]
     rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]

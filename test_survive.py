@@ -203,7 +203,7 @@ def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monk
 
 
 def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, monkeypatch):
-    """Empty and, with --drop_truncated, truncated ones do not train; a step of them alone updates nothing. Equal ones do."""
+    """Empty ones, and truncated ones with --drop_truncated, do not train: alone, they update nothing. Equal ones do."""
     before = load_file(Path(pair[1]) / "model.safetensors")
     rows, weights = test_train.run(pair, tmp_path / "a", max_response=1, drop_truncated=True)
     assert far(weights, before) == 0 and all(row["rollout/truncated"] == 1 and "loss" not in row for row in rows)

@@ -156,7 +156,7 @@ def update(policy, optimizer, batches, cfg, want_logp):
 
 
 def suspects(batches, losses):
-    """The prompts (token ids) on all ranks with a loss that is not finite; where only the gradient is not, all of them."""
+    """Prompts (token ids), of all ranks, whose loss is not finite; all of them where only the gradient is not."""
     pairs = list(zip(batches, losses, strict=True))
     found = [[batch.prompt(row) for row in batch.rows[~loss.isfinite()].unique()] for batch, loss in pairs]
     found = sum(sum(checkpoint.gather(found), []), [])
@@ -164,7 +164,7 @@ def suspects(batches, losses):
 
 
 def bad_in_a_row(updates, bad, names, cfg, say):
-    """Skipped updates in a row, now. Reports each with its prompts; all ranks exit after cfg.max_bad_updates of them."""
+    """Skipped updates in a row, now; each is reported. All ranks exit after cfg.max_bad_updates of them."""
     for _, result in updates:
         bad = bad + 1 if result["skipped"] else 0
         if bad:
