@@ -307,7 +307,7 @@ def gates(args):
     mask = torch.ones(shape, dtype=torch.bool, device=args.device)
     newline = torch.rand(shape, device=args.device) < 0.03
     fns = {kind: partial(gate, logp, old, mask, kind, newline=newline) for kind in KINDS}
-    times = interleaved(fns | {OURS: opd(make_inputs(args))[0][OURS]}, args.runs)
+    times = interleaved(fns | {OURS: opd(make_inputs(args))[0][OURS]}, args.runs or 5)
     rows = [[k, f"{times[k] * 1e3:.2f}", f"{times[k] / times[OURS]:.2%}"] for k in KINDS]
     title = f"gating.gate on {list(shape)}, beside the OPD loss, {times[OURS] * 1e3:.0f} ms"
     table(f"{title}. {sizes(args)}", ["gate", "ms", "of the loss's time"], rows)
