@@ -18,7 +18,7 @@ def our_trainer(prompts):
 
     flags = "--preset tiny --epochs 1 --minibatches 1 --rollout hf --device cpu --out out/bench"
     cfg, device = parse(TrainConfig, flags.split()), torch.device("cpu")
-    paths, tokenizer, vocab, *_ = train.prepare(cfg, device)
+    _, paths, tokenizer, vocab, *_ = train.prepare(cfg, device)
     policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
     teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr)
@@ -30,7 +30,7 @@ def our_trainer(prompts):
         n = next(steps)
         sampler.sync(full_weights(policy))
         jobs = [(prompt, rollout.seed_for(n, i)) for i, prompt in enumerate(ids)]
-        rollouts = train.sample(sampler, jobs, cfg, 0, 1)
+        rollouts = train.sample(sampler, jobs, 0, 1, **train.sampling(cfg))
         (batches,) = data.make_batches(rollouts, cfg, n, 0, 1, newline, device)
         for batch in batches:
             batch.targets = teacher_targets(teacher, batch, cfg)

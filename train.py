@@ -300,6 +300,7 @@ def main(cfg):
             plot.draw(out)
             say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
     if world > 1:
+        dist.barrier()  # a rank that leaves while a gloo thread still cleans up can abort
         dist.destroy_process_group()
 
 
