@@ -15,8 +15,8 @@ BENCHMARKS = "math500,aime24,aime25,amc23"  # the paper's four, in its order
 PRESETS = {
     "tiny": dict(
         student="toy", teacher="toy", data="toy", eval_data="toy", eval_problems=128, eval_every=25,
-        max_prompt=64, max_response=100, prompts=8, top_p=1.0, topk=16, block=16, span_min=8, span_max=32,
-        steps=100, minibatches=2, threads=1, lr=1e-3, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, loss="lsm",
+        threads=1, max_prompt=64, max_response=100, prompts=8, top_p=1.0, topk=16, block=16, span_min=8, span_max=32,
+        steps=100, minibatches=2, micro_tokens=2048, lr=1e-3, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, loss="lsm",
     ),
     "qwen3": dict(
         student="Qwen/Qwen3-1.7B-Base", teacher="Thinking-Space/Qwen3-4B-Base-GRPO", data="dapo",
