@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import evaluate
 from configs import MAY_CHANGE
+from evaluate import gather
 from gating import gate_stats
 from policy import full_weights
 
@@ -284,12 +285,3 @@ def summary(cfg, rollouts, batches, raw, updates, clock):
         metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
         metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
     return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}
-
-
-def gather(x):
-    """[x of rank 0, x of rank 1, ...] on every rank."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return parts

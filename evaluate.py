@@ -70,6 +70,15 @@ def cut(problems, n, batch):
         yield [(s, problem, i) for s, problem in mine[start : start + step] for i in range(n)]
 
 
+def gather(x):
+    """[x of rank 0, x of rank 1, ...] on every rank."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
 def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", batch=1024, **sampling):
     """(metrics, rows) of Problems, for a training loop; the same on every rank, each having sampled its share.
 
@@ -79,10 +88,7 @@ def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", b
     with Grader() as grader:
         for jobs in cut([("", problem) for problem in problems], n or k, batch):
             rows += respond(sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling)
-    if dist.is_initialized():
-        everyone = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, rows)
-        rows = [row for part in everyone for row in part]
+    rows = [row for part in gather(rows) for row in part]
     return report.metrics(rows, k), rows
 
 
@@ -215,10 +221,7 @@ def run(cfg):
     rows = kept()
     parts = list(cut(problems, cfg.n, cfg.batch))
     todo = [any((s, problem.id, i) not in rows for s, problem, i in jobs) for jobs in parts]
-    work = [None] * world
-    if world > 1:
-        dist.all_gather_object(work, any(todo))
-    if any(work) or any(todo):  # all ranks build their samplers together, or none does
+    if any(gather(any(todo))):  # all ranks build their samplers together, or none does
         sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer), say)
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank > 0)
     with Grader() as grader:
