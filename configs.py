@@ -54,6 +54,9 @@ class TrainConfig:
     block: int = arg(64, "tokens in a block; for span, where a response has no newline")
     tau: float = arg(1.0, "gate = exp(-tau |s|); 0: every gate is 1")
     stat: Literal["mean", "absmean", "rms"] = arg("mean", "a segment's drift s; mean is the paper's, and signed")
+    gate_on: Literal["all", "toward", "away"] = arg(
+        "all", "drift that the gate sees: all of it (the paper), or that toward or away from the teacher"
+    )
     span_min: int = arg(16, "tokens; shorter newline spans are merged with the next")
     span_max: int = arg(128, "tokens; longer newline spans are cut evenly")
     # the loss

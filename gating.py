@@ -21,6 +21,7 @@ from torch import Tensor
 
 KINDS = ("none", "token", "block", "span", "sequence")
 STATS = ("mean", "absmean", "rms")
+SIDES = ("all", "toward", "away")
 
 
 def gate_weights(logp: Tensor, logp_old: Tensor, mask: Tensor, kind="block", **options) -> Tensor:
@@ -78,6 +79,20 @@ def drift(logp: Tensor, logp_old: Tensor, mask: Tensor) -> Tensor:
     """d = logp - logp_old [B, T], in nats, fp32; 0 outside the mask and where both are -inf."""
     d = logp.float() - logp_old.float()
     return d.masked_fill(~mask.bool(), 0.0).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
+
+
+@torch.no_grad()
+def one_side(logp: Tensor, logp_old: Tensor, logp_teacher: Tensor, side: str = "all") -> Tensor:
+    """logp, and logp_old where the gate is not to see a token's drift. Not in the paper, whose gate sees all.
+
+    side "toward" keeps drift toward the teacher, d with the sign of logp_teacher - logp_old; "away" the rest.
+    """
+    if side not in SIDES:
+        raise ValueError(f"side is {side!r}, not one of {SIDES}")
+    if side == "all":
+        return logp
+    toward = (logp - logp_old) * (logp_teacher - logp_old) > 0
+    return torch.where(toward == (side == "toward"), logp, logp_old)
 
 
 def block_segments(mask: Tensor, block: int) -> Tensor:

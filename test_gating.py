@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from gating import block_segments, drift, gate, gate_stats, gate_weights, normalise, segment_drift
+from gating import block_segments, drift, gate, gate_stats, gate_weights, normalise, one_side, segment_drift
 from gating import span_segments as spans
 
 KINDS = ["none", "token", "block", "span", "sequence"]
@@ -226,6 +226,18 @@ def test_response_without_newline_falls_back_to_blocks():
     segment = spans(mask, newline, block=16, span_min=4, span_max=100)
     assert torch.equal(segment[0], torch.arange(50) // 16)
     assert torch.equal(segment[1], (torch.arange(50) > 20).long())
+
+
+def test_one_side_by_hand():
+    old, new = torch.full((4,), -1.0), torch.tensor([-0.5, -0.5, -1.5, -1.5])
+    teacher = torch.tensor([-0.2, -3.0, -3.0, -0.2])  # toward, away, toward, away
+    assert one_side(new, old, teacher, "toward").tolist() == [-0.5, -1.0, -1.5, -1.0]
+    assert one_side(new, old, teacher, "away").tolist() == [-1.0, -0.5, -1.0, -1.5]
+    assert one_side(new, old, teacher) is new
+    never = torch.full((4,), -math.inf)
+    assert one_side(new, never, never, "toward").isneginf().all()
+    with pytest.raises(ValueError, match="not one of"):
+        one_side(new, old, teacher, "up")
 
 
 def test_stats_by_hand():

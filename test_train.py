@@ -149,6 +149,7 @@ SWITCHES = [
     ("loss", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"], {}),
     ("gate", ["none", "token", "block", "span", "sequence"], dict(span_min=2, span_max=6)),
     ("stat", ["mean", "absmean", "rms"], {}), ("tau", [0.5, 1, 2], {}), ("block", [2, 4, 8], {}),
+    ("gate_on", ["all", "toward", "away"], {}),
     ("span_min", [2, 4], dict(gate="span", span_max=9)), ("span_max", [3, 9], dict(gate="span", span_min=2)),
     ("clip", [0, 0.01], {}), ("clip_high", [0, 0.01], {}), ("dual_clip", [0, 0.5], dict(clip=0)),
     ("topk", [3, 4], dict(loss="lsm")), ("log_ratio_clamp", [0, 0.1], dict(loss="lsm")),

@@ -33,7 +33,7 @@ import evaluate
 import plot
 import rollout
 from configs import TrainConfig, command, parse
-from gating import drift, gate
+from gating import drift, gate, one_side
 from policy import FULL_KL, full_weights, head_weights, load_policy, position_loss, score, teacher_targets
 
 # A sampler this far from the trainer (mean |log-prob| on sampled tokens, nats) holds other weights.
@@ -127,10 +127,11 @@ def update(policy, optimizer, batches, cfg, want_logp):
         logp, loss, info = position_loss(policy, batch, cfg, want_logp)
         g = torch.ones_like(loss)
         if logp is not None:
-            pair = batch.spread(logp.detach()), batch.spread(batch.old)
-            g, s = gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **gate_options)
-            g, s, d = (x[batch.mask] for x in (g, s, drift(*pair, batch.mask)))
-            info |= {"g": g, "s": s, "d": d}
+            now, old = logp.detach(), batch.old
+            seen = one_side(now, old, batch.targets["logp"].to(now.device), cfg.gate_on)
+            pair = batch.spread(seen), batch.spread(old)
+            g, s = (x[batch.mask] for x in gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **gate_options))
+            info |= {"g": g, "s": s, "d": drift(now, old, torch.ones_like(now))}
         weighted = (g * loss).sum()
         weighted.backward()
         sums += torch.stack([weighted.detach(), g.sum()])
