@@ -126,20 +126,20 @@ def head_logits(
 @torch.no_grad()
 def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, block=None):
     """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J]."""
-    vocab, block = vocab or weight.shape[0], block or _default_block(hidden, cpu=24)
+    vocab, block = vocab or weight.shape[0], block or _default_block(hidden, cpu=25)
     N, rows = hidden.shape[0], max(min(1024, block), block // vocab)
     top = hidden.new_zeros(N, k, dtype=torch.long)
     logq = hidden.new_full((N, k), -math.inf, dtype=torch.float32)
     lse = hidden.new_full((N,), -math.inf, dtype=torch.float64)
+    buffer = hidden.new_empty(min(block, N * vocab), dtype=torch.float32)
     for i in range(0, N, rows):
         r = slice(i, i + rows)
-        for v, logits in _blocks(hidden[r], weight, bias, temperature, vocab, block):
+        for v, logits in _blocks(hidden[r], weight, bias, temperature, vocab, block, buffer):
             value, index = _topk(logits, min(k, logits.shape[1]))
             value, index = torch.cat([logq[r], value], 1), torch.cat([top[r], index + v.start], 1)
             logq[r], best = value.topk(k, dim=1)
             top[r] = index.gather(1, best)
             lse[r] = torch.logaddexp(lse[r], _log_softmax_(logits))
-        del logits  # before the next block comes to be
     lse = lse.float()[:, None]
     if ids is None:
         return top, logq - lse
@@ -213,9 +213,10 @@ class _HeadKL(torch.autograd.Function):
         rows = max(1, (block or _default_block(hidden, cpu=26, cuda=28)) // (4 * vocab))
         small = max(1, (block or _default_block(hidden, cpu=20)) // vocab)  # rows that fit the cache
         loss, lse, lse_t, mean = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
+        buffers = hidden.new_empty(2, min(rows, N) * vocab, dtype=torch.float32)
         for i in range(0, N, rows):
-            ((_, x),) = _blocks(hidden[i : i + rows], weight, bias, temp, vocab)
-            ((_, y),) = _blocks(hidden_t[i : i + rows], weight_t, bias_t, temp, vocab)
+            ((_, x),) = _blocks(hidden[i : i + rows], weight, bias, temp, vocab, buffer=buffers[0])
+            ((_, y),) = _blocks(hidden_t[i : i + rows], weight_t, bias_t, temp, vocab, buffer=buffers[1])
             for logp, logq in zip(x.split(small), y.split(small), strict=True):
                 r = slice(i, i := i + len(logp))
                 lse[r], lse_t[r] = _log_softmax_(logp), _log_softmax_(logq)
@@ -223,7 +224,6 @@ class _HeadKL(torch.autograd.Function):
                 mean[r] = torch.linalg.vecdot(logp.exp(), logp - logm)  # the gradient needs it too
                 kl_q = torch.linalg.vecdot(logq.exp(), logq - logm)
                 loss[r] = (beta or 1) * kl_q + (1 - beta or 1) * mean[r]
-            del x, y, logp, logq  # before the next blocks come to be
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, mean)
         block = block // 4 if block else _default_block(hidden, cpu=20, cuda=25)
         ctx.args = beta, temp, vocab, block
@@ -272,18 +272,22 @@ def _mm(a, b, out=None):
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def _blocks(hidden, weight, bias, temperature, vocab, block=None):
+def _blocks(hidden, weight, bias, temperature, vocab, block=None, buffer=None):
     """Yields (v, logits [N, |v|] / temperature), v a slice of the vocabulary. The buffer is used again."""
     N = hidden.shape[0]
     width = min(vocab, max(1, block // max(N, 1))) if block else vocab
-    buffer = hidden.new_empty(N * width, dtype=torch.float32)
+    buffer = hidden.new_empty(N * width, dtype=torch.float32) if buffer is None else buffer
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))
         out = buffer[: N * (v.stop - v.start)].view(N, v.stop - v.start)
-        logits = _mm(hidden, weight[v].T, out)
+        tile = (
+            width if hidden.is_cuda else 1024
+        )  # a CPU multiplies few rows faster with one piece of the weight at a time
+        for piece, part in zip(weight[v].split(tile), out.split(tile, 1), strict=True):
+            _mm(hidden, piece.T, part)
         if bias is not None:
-            logits += bias[v]
-        yield v, logits if temperature == 1 else logits.div_(temperature)
+            out += bias[v]
+        yield v, out if temperature == 1 else out.div_(temperature)
 
 
 def _log_softmax_(x: Tensor) -> Tensor:
