@@ -24,10 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import train
-from configs import TrainConfig, parse
-from gating import drift, gate, gate_stats, one_side
-
 SIZES = {  # both reuses of tiny were chosen on ungated runs of seed 99, which is in no table
     "tiny": dict(
         common="--preset tiny --eval_problems 128 --eval_every 9999 --save_every 0 --sample_every 0",
@@ -77,7 +73,7 @@ def cells(args):
 def run_cell(name, flags, args):
     """Runs one cell: its line of study.jsonl, or None where it did not finish."""
     folder, began = Path(args.out) / name.replace(" ", "_"), time.time()
-    program = "python study.py --probe" if "/probe/" in name else f"{args.launch} train.py"
+    program = "python probe.py" if "/probe/" in name else f"{args.launch} train.py"
     command = f"{program} {' '.join(flags.split())} --overwrite --out {folder}"
     argv = [sys.executable if part == "python" else part for part in shlex.split(command)]
     with Path(f"{folder}.log").open("w") as log:
@@ -122,74 +118,6 @@ def run(args):
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, todo))
     return path
-
-
-# -----------------------------------------------------------------------------
-# the probe
-
-
-def probe(argv):
-    """train.py on argv (one process), which it leaves as it is, bit for bit; OUT/probe.jsonl has a line an update."""
-    cfg, plain, count = parse(TrainConfig, argv), train.update, 0
-
-    def update(policy, optimizer, batches, cfg, want_logp):
-        nonlocal count
-        row = {"epoch": count // cfg.minibatches % cfg.epochs} | look(policy, batches, cfg)
-        count += 1
-        with (Path(cfg.out) / "probe.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        return plain(policy, optimizer, batches, cfg, want_logp)
-
-    train.update = update
-    train.main(cfg)
-
-
-def look(policy, batches, cfg):
-    """What each gate would do to this update, {name: number or list}.
-
-    GATE/cos, GATE/norm: the gated gradient's cosine with the ungated one, and its norm as a share of that one's.
-    GATE/advantage: mean |log q - log pi_old| under the gate's weights, as a share of the plain mean.
-    GATE/toward, GATE/away: the mean gate of drift toward and away from the teacher, weighted by |d|.
-    toward: the share of |d| toward the teacher. cancelled: of positions, those in blocks with |mean d| < mean |d| / 2.
-    """
-    size = dict(block=cfg.block, span_min=cfg.span_min, span_max=cfg.span_max)
-    kinds = {name: (name, "mean", "all") for name in MAIN} | {"absmean": ("block", "absmean", "all")}
-    kinds |= {side: ("block", "mean", side) for side in ("toward", "away")}
-    params, tracks, grads = list(policy.parameters()), {name: [] for name in kinds}, dict.fromkeys(kinds, 0.0)
-    shared = []
-    for batch in batches:
-        logp, loss, _ = train.position_loss(policy, batch, cfg)
-        now, old, teacher = logp.detach(), batch.old, batch.targets["logp"].to(logp.device)
-        d, advantage = drift(now, old, torch.ones_like(now)), teacher - old
-        shared.append(torch.stack([d, advantage, batch.where]))
-        for name, (kind, stat, side) in kinds.items():
-            pair = batch.spread(one_side(now, old, teacher, side)), batch.spread(old)
-            both = gate(*pair, batch.mask, kind, tau=cfg.tau, stat=stat, newline=batch.newline, **size)
-            g, s = (x[batch.mask] for x in both)
-            tracks[name].append(torch.stack([g, s]))
-            parts = torch.autograd.grad((g * loss).sum(), params, retain_graph=True)
-            grads[name] = grads[name] + torch.cat([part.flatten() for part in parts])
-    d, advantage, where = torch.cat(shared, 1)
-    tracks = {name: torch.cat(parts, 1) for name, parts in tracks.items()}
-    plain, toward, twentieth = grads["none"] / len(d), d * advantage > 0, (where * 20).long().clamp(max=19)
-    signed, unsigned = tracks["block"][1].abs(), tracks["absmean"][1]
-    row = {"toward": (d.abs() * toward).sum() / d.abs().sum().clamp(min=1e-30)}
-    row["cancelled"] = (signed < unsigned / 2).float().mean()
-    levels = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], device=d.device)
-    row |= {"drift": tracks["block"][1].quantile(levels), "gate": tracks["block"][0].quantile(levels)}
-    for name, (g, s) in tracks.items():
-        gradient, share = grads[name] / g.sum(), g / g.mean()
-        total = torch.zeros(2, 20, device=g.device).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
-        found = {
-            "cos": torch.cosine_similarity(gradient, plain, 0), "norm": gradient.norm() / plain.norm(),
-            "ess": gate_stats(g, s, d, torch.ones_like(g))["ess"], "position": total[0] / total[1].clamp(min=1),
-            "advantage": (share * advantage.abs()).mean() / advantage.abs().mean(),
-        }  # fmt: skip
-        for side, mask in (("toward", toward), ("away", ~toward)):
-            weight = d.abs() * mask
-            found[side] = (g * weight).sum() / weight.sum() if weight.any() else torch.tensor(1.0)
-        row |= {f"{name}/{key}": x for key, x in found.items()}
-    return {name: x.tolist() for name, x in row.items()}
 
 
 def by_epoch(rows):
@@ -325,7 +253,7 @@ def draw_diagnostics(lines, path):
         row[4].plot(at, series["cancelled"], label="positions in cancelling blocks")
         row[4].plot(at, series["toward"], label="share of |d| toward the teacher")
         row[4].set(title="cancellation and direction", xlabel="epoch", ylim=(0, 1))
-        row[5].set(title="gradient: cosine with the ungated (-), norm (- -)", xlabel="epoch")
+        row[5].set(title="gradient / ungated: cosine (-), norm (--)", xlabel="epoch")
         for ax in row[2:]:
             ax.legend(fontsize=8)
     figure.savefig(path, dpi=110)
@@ -342,8 +270,6 @@ def pyplot():
 
 
 def main(argv=None):
-    if "--probe" in (argv := sys.argv[1:] if argv is None else argv):
-        return probe([x for x in argv if x != "--probe"])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), default="tiny")
     parser.add_argument("--flags", default="", help="of train.py, for every cell")
