@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import warnings
 import zlib
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import evaluate
 from configs import MAY_CHANGE
@@ -90,13 +92,23 @@ def sync(path):
         os.close(fd)
 
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving from one process is what we mean
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def tensors(policy, model, optim):
+    """What a checkpoint holds of get_state_dict's two: tied weights once, the optimizer's other values not at all."""
+    tied = {f"lm.{name}" for name in policy.lm.all_tied_weights_keys}
+    optim = {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
+    return {f"model.{name}": x for name, x in model.items() if name not in tied} | optim
+
+
 def save(out, step, policy, optimizer, stream, cfg):
-    """Sharded over the ranks, loadable on any number of them; renamed once it is complete and on the disk."""
+    """safetensors sharded over the ranks, loadable on any number of them; renamed once complete and on the disk."""
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
-    model, optim = get_state_dict(policy, optimizer)
-    rng = gather(rng_state())
+    rng, state = gather(rng_state()), tensors(policy, *get_state_dict(policy, optimizer, options=FLAT))
     try:
-        dcp.save({"model": model, "optim": optim}, checkpoint_id=tmp)
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True))
     except CheckpointException as failed:
         shutil.rmtree(tmp, ignore_errors=True)
         reasons = [root_cause(error) for error, _ in failed.failures.values()]
@@ -118,14 +130,14 @@ def save(out, step, policy, optimizer, stream, cfg):
 def root_cause(error):
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return str(error).splitlines()[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def restore(folder, policy, optimizer, stream):
     """Loads a checkpoint in place and returns its step. Another number of ranks keeps the random states of its seed."""
-    model, optim = get_state_dict(policy, optimizer)
-    dcp.load({"model": model, "optim": optim}, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim)
+    model, optim = get_state_dict(policy, optimizer, options=FLAT)
+    dcp.load(tensors(policy, model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
+    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
     rng = torch.load(folder / "rng.pt", weights_only=True)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if len(rng) == world:

@@ -75,6 +75,12 @@ def straight(pair, tmp_path_factory):
     return out
 
 
+def test_checkpoint_holds_nothing_that_runs_code(straight):
+    """Tensors in safetensors, numbers in JSON, and random states that torch.load(weights_only=True) takes."""
+    names = {path.name for path in (straight / "step-5").iterdir()}
+    assert {Path(name).suffix for name in names - {"rng.pt"}} == {".safetensors", ".json"} and "rng.pt" in names
+
+
 def cut_back(straight, out, step):
     """A copy of the run as a kill right after a step leaves it."""
     shutil.copytree(straight, out)
