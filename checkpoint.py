@@ -1,15 +1,13 @@
-"""What a run leaves on disk: out/RUN/{config.json, metrics.jsonl, step-N/ (checkpoints), final/ (the student)}."""
+"""What a run leaves on disk but its metrics: out/RUN/{config.json, step-N/ (checkpoints), final/ (the student)}. And how it ends."""
 
 import functools
 import json
-import math
 import os
 import random
 import shutil
 import signal
 import sys
 import warnings
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 import evaluate
 from configs import MAY_CHANGE
 from evaluate import gather
-from gating import gate_stats
 from policy import full_weights
 
 
@@ -116,7 +113,7 @@ def save(out, step, policy, optimizer, stream, cfg):
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     torch.save(rng, tmp / "rng.pt")
-    state = {"step": step, "position": stream.position, "dropped": stream.dropped}
+    state = {"step": step} | stream.state
     write(tmp / "state.json", json.dumps(state | {"config": asdict(cfg), "versions": versions()}, indent=1))
     for path in (tmp / "rng.pt", tmp):
         sync(path)
@@ -143,7 +140,7 @@ def restore(folder, policy, optimizer, stream):
     if len(rng) == world:
         set_rng_state(rng[rank])
     state = json.loads((folder / "state.json").read_text())
-    stream.position, stream.dropped = state["position"], state["dropped"]
+    stream.restore(state)
     return state["step"]
 
 
@@ -195,18 +192,35 @@ def save_model(path, policy, tokenizer):
         sync(path.parent)
 
 
-def until_stopped(steps):
-    """The steps, until SIGTERM or Ctrl-C reaches any rank: then the one under way is the last."""
-    caught, signals = [], (signal.SIGTERM, signal.SIGINT)
-    before = {s: signal.signal(s, lambda s, _: caught.append(s)) for s in signals}
-    try:
-        for step in steps:
-            yield step
-            if any(gather(bool(caught))):
-                return
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+class Steps:
+    """The numbers of a run's steps, until SIGTERM, Ctrl-C or `stop` on any rank: then the one under way is the last."""
+
+    def __init__(self, start, end):
+        self.start, self.end, self.why = start, end, ""
+
+    def __iter__(self):
+        signals = (signal.SIGTERM, signal.SIGINT)
+        before = {s: signal.signal(s, lambda s, _: self.stop(signal.Signals(s).name)) for s in signals}
+        try:
+            for step in range(self.start, self.end):
+                if self.stopped():
+                    return
+                yield step
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def stop(self, why):
+        self.why = self.why or why
+
+    def asked(self):
+        """Whether this rank was asked to stop; samplers call it for every token, and then return at once."""
+        return bool(self.why)
+
+    def stopped(self):
+        """Whether any rank was, and then all of them; a collective."""
+        self.why = max(gather(self.why))
+        return self.asked()
 
 
 def attempt(task, *args, **kwargs):
@@ -224,76 +238,3 @@ def attempt(task, *args, **kwargs):
 def stop(message):
     """Ends every rank, which must all call it, with one line."""
     sys.exit(1 if dist.is_initialized() and dist.get_rank() > 0 else f"train.py: {message}")
-
-
-def make_logger(cfg, out, step):
-    """log(metrics): a line of metrics.jsonl, and W&B or TensorBoard where asked for.
-
-    A run that goes on after `step` (0: it starts) drops what a killed one wrote beyond it, and a torn last line.
-    Values that are not finite are left out, as JSON has none.
-    """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return lambda _: None
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-    write(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
-    if cfg.log == "wandb":
-        import wandb
-
-        wandb.init(project="opd-gating", name=out.name, config=asdict(cfg), resume="allow")
-    if cfg.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out)
-
-    def log(metrics):
-        metrics = {name: x for name, x in metrics.items() if isinstance(x, list) or math.isfinite(x)}
-        with path.open("ab", buffering=0) as file:
-            file.write((json.dumps(metrics) + "\n").encode())
-            os.fsync(file.fileno())
-        scalars = {name: x for name, x in metrics.items() if not isinstance(x, list)}
-        if cfg.log == "wandb":
-            wandb.log(scalars, step=metrics["step"])
-        if cfg.log == "tensorboard":
-            for name, x in scalars.items():
-                writer.add_scalar(name, x, metrics["step"])
-
-    return log
-
-
-def summary(cfg, rollouts, batches, raw, updates, clock):
-    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
-    tokens, n = sum(len(r.response) for r in rollouts), len(rollouts)
-    texts = [(tuple(r.prompt), tuple(r.response)) for r in rollouts]
-    metrics = {"rollout/tokens": tokens, "rollout/length": tokens / n}
-    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / n
-    metrics["rollout/empty"] = sum(not r.response for r in rollouts) / n
-    metrics["rollout/distinct"] = len(set(texts)) / n
-    metrics["rollout/checksum"] = zlib.crc32(repr(texts).encode())  # equal runs have equal rollouts
-    times = list(clock.items())
-    for (_, before), (phase, after) in zip(times, times[1:], strict=False):
-        t = after - before
-        metrics[f"time/{phase}"] = t
-        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
-    if not updates:
-        return metrics
-    tracks, results = zip(*updates, strict=True)
-    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
-    flat = {name: [track[name] for track in last] for name in last[0]}
-    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
-    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
-    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
-    flat = {name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat}
-    where, good = flat.pop("where"), [x for x in results if not x["skipped"]]
-    metrics |= {name: sum(x[name] for x in good) / len(good) for name in ("loss", "grad_norm") if good}
-    metrics["skipped"] = len(results) - len(good)
-    if "g" in flat:
-        g, s, d = (flat.pop(name) for name in "gsd")
-        metrics |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()}
-        twentieth = (where * 20).long().clamp(max=19)
-        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
-        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
-    if "out_of_step" in flat:
-        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
-        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
-    return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}

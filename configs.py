@@ -28,7 +28,7 @@ PRESETS = {
 # What may change when a run goes on: length, reports, and where it computes. The rest makes it another run.
 MAY_CHANGE = set(
     "preset steps eval_data eval_every eval_problems k sample_every save_every keep out overwrite resume log device "
-    "threads rollout tp vllm_memory micro_tokens grad_ckpt diagnostics max_bad_updates trust_remote_code".split()
+    "threads rollout tp vllm_memory teacher_url teacher_offload micro_tokens grad_ckpt diagnostics max_bad_updates trust_remote_code".split()
 )
 
 
@@ -42,6 +42,8 @@ class TrainConfig:
     # models and data
     student: str = arg("toy", "model that learns: hub name, folder, or toy")
     teacher: str = arg("toy", "model that scores: hub name, folder, or toy")
+    teacher_url: str = arg("", "score on this vLLM server instead of with --teacher; top-K losses and opd")
+    teacher_offload: bool = arg(False, "keep the teacher in host memory between two rollout batches")
     data: str = arg("toy", "training prompts: hub name, .jsonl or .parquet file, or toy")
     template: str = arg(
         "auto",
@@ -226,6 +228,10 @@ def problems(cfg):
             yield f"--beta is {cfg.beta}; it must lie in [0, 1]"
         if cfg.topk < 2 and cfg.loss != "opd":
             yield f"--topk is {cfg.topk}; it must be at least 2 (renormalised on one token, the loss is always 0)"
+        if cfg.teacher_url and cfg.loss not in ("opd", "lsm", "fkl_topk", "tail_topk"):
+            yield f"--loss {cfg.loss} needs the teacher's whole distribution, and --teacher_url gives its top-K"
+        if cfg.teacher_url and cfg.temperature != 1:
+            yield f"--temperature is {cfg.temperature}; the server of --teacher_url scores at 1 only"
         if cfg.span_max < cfg.span_min:
             yield f"--span_max is {cfg.span_max}, below --span_min, {cfg.span_min}"
         if cfg.minibatches > cfg.prompts * cfg.group:

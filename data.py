@@ -130,18 +130,25 @@ def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
 
 
 class PromptStream:
-    """Endless prompts in an order fixed by the seed; `position` is all that a checkpoint must keep."""
+    """Endless prompts in an order fixed by the seed; `state` is all that a checkpoint must keep."""
 
     def __init__(self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int):
         self.problems, self.tokenizer, self.template = problems, tokenizer, template
         self.max_prompt, self.seed = max_prompt, seed
         self.position, self.dropped, self.shuffled = 0, 0, None
 
+    @property
+    def state(self) -> dict:
+        return {"position": self.position, "dropped": self.dropped}
+
+    def restore(self, state: dict):
+        self.position, self.dropped = state["position"], state["dropped"]
+
     def peek(self) -> list[int]:
         """The next prompt, without taking it."""
-        position, dropped = self.position, self.dropped
+        state = self.state
         _, ids = self.next()
-        self.position, self.dropped = position, dropped
+        self.restore(state)
         return ids
 
     def next(self) -> tuple[Problem, list[int]]:
@@ -205,9 +212,13 @@ class Batch:
         """[N] to [B, T], zeros at padding."""
         return x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
 
-    def prompt(self, row):
-        """The prompt of a row that has response tokens, a tuple of ids."""
-        return tuple(self.ids[row, : int(self.cols[self.rows == row][0]) + 1].tolist())
+    def sequences(self, rows=None):
+        """[(prompt and response, where the response starts), ...] of these rows; else of all with response tokens."""
+        found = []
+        for row in (self.rows if rows is None else rows).unique().tolist():
+            start = int(self.cols[self.rows == row][0]) + 1
+            found.append((self.ids[row, : start + int(self.mask[row].sum())].tolist(), start))
+        return found
 
     def see(self, logp):
         """The first log-probs [N] that the trainer computes on this batch are its old ones."""

@@ -75,6 +75,20 @@ def check_head(lm, path):
         raise ValueError(f"{path} scales or caps its logits after the head, which losses.py does not do")
 
 
+def training_flops(policy, lengths):
+    """FLOPs of one forward and backward pass over sequences of these lengths, 6 a parameter and token and causal attention.
+
+    Without recomputation, and with the head at every position, as model FLOPs utilisation is usually counted.
+    """
+    config = policy.lm.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_hidden_layers * config.num_attention_heads * head_dim
+    size = sum(p.numel() for p in policy.lm.parameters())
+    if not config.tie_word_embeddings:
+        size -= policy.lm.get_input_embeddings().weight.numel()  # looked up, not multiplied
+    return sum(6 * size * n + 6 * width * n**2 for n in lengths)
+
+
 def full_tensor(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
@@ -151,14 +165,15 @@ def position_loss(policy, batch, cfg, want_logp=True):
     z, lse = policy(batch, topk_head)
     logp = None if lse is None else (z[:, 0] - lse).detach()
     batch.see(logp)
-    inside = (t["ids"] == tokens).any(1)
+    there = t["logq"] > -torch.inf  # a server may have given fewer than K
+    inside = ((t["ids"] == tokens) & there).any(1)
+    support = torch.cat([(~inside & cfg.add_sampled)[:, None], there], 1)
+    z = z.masked_fill(~support, -torch.inf)
     info = {"outside": (~inside).float(), "teacher_mass": t["logq"].exp().sum(1)}
     if lse is not None:
         info["student_mass"] = (z[:, 1:] - lse[:, None]).detach().exp().sum(1)
     if cfg.loss == "tail_topk":
         return logp, tail_loss(z[:, 1:] - lse[:, None], t["logq"]), info
-    support = torch.ones_like(z, dtype=torch.bool)
-    support[:, 0] = ~inside if cfg.add_sampled else False
     logq = torch.cat([t["logp"][:, None], t["logq"]], 1)
     kind = dict(
         renormalise=cfg.renormalise, log_ratio_clamp=cfg.log_ratio_clamp or None, forward=cfg.loss == "fkl_topk"

@@ -7,6 +7,8 @@
 
 A rollout is a function of the weights, its prompt and its seed: not of what else is in the batch, of earlier
 calls or of the trainer's random state. Only rounding differs with the batch, and may turn a near tie.
+
+sampler.stop() is asked at every token. Once it says True, sample returns what there is, for the caller to drop.
 """
 
 import hashlib
@@ -29,7 +31,7 @@ class Rollout:
     prompt: list[int]
     response: list[int]  # with the stop token, where it stopped
     logprobs: list[float]  # the sampler's, at temperature 1 and before top-p and top-k
-    finish: str  # "stop" or "length"
+    finish: str  # "stop" or "length"; "stopped" where the caller wanted no more
 
 
 def seed_for(*parts) -> int:
@@ -90,6 +92,7 @@ class HFSampler:
     def __init__(self, model, stops, pad, vocab, *, own=False, budget=1 << 17):
         self.model, self.stops, self.pad, self.vocab = model, stops, pad, vocab
         self.own, self.budget = own, budget
+        self.stop = lambda: False
 
     @torch.no_grad()
     def sync(self, weights):
@@ -136,8 +139,9 @@ class HFSampler:
         draw = Draw(torch.from_numpy(np.stack(u)).to(device), width, self.vocab, warpers)
         # fp32 master weights on a GPU: computed in bf16, as the trainer does
         half = device.type == "cuda" and self.model.dtype == torch.float32
+        end = lambda ids, *_, **__: torch.full((len(ids),), self.stop(), device=device)  # noqa: E731
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
-            kwargs = dict(generation_config=config, logits_processor=[draw])
+            kwargs = dict(generation_config=config, logits_processor=[draw], stopping_criteria=[end])
             out = self.model.generate(ids, attention_mask=mask, **kwargs)
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
@@ -196,6 +200,7 @@ class VLLMSampler:
         if world % tp:
             raise ValueError(f"--tp is {tp}; it must divide the number of ranks, {world}")
         self.cuda, self.stops, self.tp, self.asleep = vllm_device() == "cuda", stops, tp, False
+        self.stop = lambda: False
         from vllm import LLM
 
         # On a CPU, vLLM 0.32 fails on a seeded request whose prompt it has cut in two.
@@ -265,19 +270,24 @@ class VLLMSampler:
         params = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
         params |= dict(stop_token_ids=self.stops, logit_bias=self.banned or None, detokenize=False)
         params |= dict(logprobs=0, flat_logprobs=True, output_kind=RequestOutputKind.FINAL_ONLY)
+        engine, found = self.llm.llm_engine, {}
         with spared_rng():
-            found = self.llm.generate(
-                [{"prompt_token_ids": prompt} for prompt, _ in jobs],
-                [SamplingParams(seed=seed, **params) for _, seed in jobs],
-                use_tqdm=False,
-            )
+            for i, (prompt, seed) in enumerate(jobs):
+                engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **params))
+            while engine.has_unfinished_requests():
+                if self.tp == 1 and self.stop():
+                    engine.abort_request([str(i) for i in range(len(jobs)) if i not in found])
+                    found = {i: None for i in range(len(jobs))} | found
+                    break
+                found |= {int(out.request_id): out.outputs[0] for out in engine.step() if out.finished}
         rollouts = []
-        for (prompt, _), request in zip(jobs[mine], found[mine], strict=True):
-            out = request.outputs[0]
-            if out.finish_reason not in ("stop", "length"):
+        for i, (prompt, _) in list(enumerate(jobs))[mine]:
+            if (out := found[i]) is None:
+                rollouts.append(Rollout(prompt, [], [], "stopped"))
+            elif out.finish_reason in ("stop", "length"):
+                rollouts.append(Rollout(prompt, list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason))
+            else:
                 raise RuntimeError(f"vLLM ended a request with {out.finish_reason!r}")
-            logp = list(out.logprobs.logprobs)
-            rollouts.append(Rollout(prompt, list(out.token_ids), logp, out.finish_reason))
         return rollouts
 
 

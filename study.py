@@ -81,9 +81,10 @@ def run_cell(name, flags, args):
     if code or not (folder / "final").exists():  # a stopped run exits with 0
         return None
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    ends = [{k.removeprefix("eval/"): x for k, x in row.items() if k.startswith("eval")} for row in (rows[0], rows[-1])]
-    line = dict(cell=name, command=command, start=ends[0], end=ends[1], checksum=rows[-1]["rollout/checksum"])
-    line |= {key: [round(row[f"gate/{key}"], 4) for row in rows[1:]] for key in ("ess", "mean", "drift_abs")}
+    trained, evals = [row for row in rows if "lr" in row], [row for row in rows if "lr" not in row]
+    ends = [{k.removeprefix("eval/"): x for k, x in row.items() if k != "step"} for row in (evals[0], evals[-1])]
+    line = dict(cell=name, command=command, start=ends[0], end=ends[1], checksum=trained[-1]["rollout/checksum"])
+    line |= {key: [round(row[f"gate/{key}"], 4) for row in trained] for key in ("ess", "mean", "drift_abs")}
     if "/probe/" in name:
         line["epochs"] = by_epoch([json.loads(text) for text in (folder / "probe.jsonl").read_text().splitlines()])
     for path in [*folder.glob("step-*"), folder / "final"]:

@@ -1,16 +1,18 @@
 """python -m pytest test_survive.py             (a run is a forked child: no imports to wait for)
 
-python test_survive.py 10 20     # 20 steps straight, and 20 with 10 kills at random moments
+python test_survive.py 10 20 2     # 20 steps straight, and 20 with 10 kills at random moments, on 2 ranks
 """
 
 import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -50,10 +52,17 @@ def start(argv, setup=lambda: None, log=os.devnull):
     return process
 
 
-def finished(*args, **kwargs):
-    process = start(*args, **kwargs)
-    process.join()
-    return process.exitcode
+def launch(argv, ranks=1, **kwargs):
+    """Children that are the ranks of one run."""
+    world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(random.randint(20000, 60000)))
+    env = [world | dict(RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE=str(ranks)) for r in range(ranks)]
+    return [start(argv, lambda r=r: os.environ.update(env[r]) if ranks > 1 else None, **kwargs) for r in range(ranks)]
+
+
+def finished(argv, setup=lambda: None, log=os.devnull, ranks=1):
+    """The largest exit code of a run."""
+    processes = launch(argv, ranks, log=log) if ranks > 1 else [start(argv, setup, log)]
+    return max(abs(process.join() or process.exitcode) for process in processes)
 
 
 def outcome(out):
@@ -71,7 +80,7 @@ def straight(pair, tmp_path_factory):
     """A finished run of OPTIONS, not stopped once."""
     out = tmp_path_factory.mktemp("straight") / "run"
     assert finished(flags(pair, out, **OPTIONS)) == 0
-    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3, 4, 5] and "rollout/checksum" in metrics(out)[-1]
+    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3, 3, 4, 5, 5] and "rollout/checksum" in metrics(out)[-2]
     return out
 
 
@@ -93,48 +102,88 @@ def cut_back(straight, out, step):
 # kills and signals
 
 
-def killed(argv, out, n, longest, seed=0):
+def killed(argv, out, n, longest, ranks=1, seed=0):
     """Runs argv (--resume auto) with n SIGKILLs, each up to `longest` seconds after a start; the newest steps then."""
     rng, left = random.Random(seed), []
     for _ in range(n):
-        process = start(argv)
-        process.join(rng.uniform(0, longest))
-        process.kill()
-        process.join()
+        processes = launch(argv, ranks)
+        processes[0].join(rng.uniform(0, longest))
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
         left.append(checkpoint.latest(out) and checkpoint.number(checkpoint.latest(out)))
-    assert finished(argv) == 0
+    assert finished(argv, ranks=ranks) == 0
     return left
 
 
-def test_killed_run_ends_bit_for_bit_like_one_that_was_not(pair, straight, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_run_ends_bit_for_bit_like_one_that_was_not(pair, straight, tmp_path, ranks):
+    argv = flags(pair, tmp_path / "a", resume="auto", **OPTIONS)
+    if ranks > 1:
+        straight = tmp_path / "straight"
+        assert finished(flags(pair, straight, **OPTIONS), ranks=ranks) == 0
     seconds = sum(x for row in metrics(straight) for name, x in row.items() if name.startswith("time"))
-    left = killed(flags(pair, tmp_path / "a", resume="auto", **OPTIONS), tmp_path / "a", 3, 0.3 + seconds)
+    left = killed(argv, tmp_path / "a", 3, 0.5 * ranks + seconds, ranks)
     print("newest checkpoint at each kill:", left)
     assert same(tmp_path / "a", straight)
 
 
+def slow_sampling():
+    draw = rollout.Draw.__call__
+    rollout.Draw.__call__ = lambda *args: time.sleep(0.1) or draw(*args)
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum):
-    out, log = tmp_path / "a", tmp_path / "log"
-    process = start(flags(pair, out, **OPTIONS | dict(save_every=0)), log=log)
-    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+@pytest.mark.parametrize("when", ["sampling", "evaluating"])
+def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum, when):
+    """A step that samples is given up at once, and so is an evaluation; both come again, the same."""
+    out, log = cut_back(straight, tmp_path / "a", 1), tmp_path / "log"
+    rows = 2 if when == "sampling" else 4  # of steps 0 to 1, or 0 to 3
+    process = start(flags(pair, out, resume="true", **OPTIONS | dict(save_every=0)), slow_sampling, log)
+    while not log.exists() or len(metrics(out)) != rows:  # a resumed run has cut its metrics back
         time.sleep(0.01)
+    time.sleep(0.5)
     os.kill(process.pid, signum)
+    clock = time.time()
     process.join()
     again = log.read_text().splitlines()[-1]
-    assert process.exitcode == 0 and again.startswith("python train.py") and 1 <= len(metrics(out)) < 6
+    assert process.exitcode == 0 and again.startswith("python train.py") and len(metrics(out)) == rows
+    assert time.time() - clock < 2.4  # one response takes that long
     assert finished(shlex.split(again)[2:] + ["--save_every", "1"]) == 0 and same(out, straight)
 
 
+def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):
+    out, log = cut_back(straight, tmp_path / "a", 1), tmp_path / "log"
+    first, second = launch(flags(pair, out, resume="true", **OPTIONS | dict(steps=99)), 2, log=log)
+    while not log.exists() or len(metrics(out)) != 3:
+        time.sleep(0.01)
+    os.kill(second.pid, signal.SIGTERM)
+    assert (first.join() or first.exitcode, second.join() or second.exitcode) == (0, 0)
+    assert log.read_text().splitlines()[-1].startswith("torchrun --nproc_per_node 2 train.py")
+
+
 def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path):
-    out, port = cut_back(straight, tmp_path / "a", 2), str(random.randint(20000, 60000))
-    world = dict(WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
-    argv = flags(pair, out, resume="auto", **OPTIONS)
-    ranks = [start(argv, lambda r=r: os.environ.update(world, RANK=str(r), LOCAL_RANK=str(r))) for r in range(2)]
-    assert [rank.join() or rank.exitcode for rank in ranks] == [0, 0]
+    out = cut_back(straight, tmp_path / "a", 2)
+    assert finished(flags(pair, out, resume="auto", **OPTIONS), ranks=2) == 0
     (rows, weights), (expected, one) = outcome(out), outcome(straight)
     assert rows[3]["rollout/checksum"] == expected[3]["rollout/checksum"]  # the step after the checkpoint
     assert far(weights, one) < 1e-4
+
+
+def test_killed_rank_ends_the_run_with_a_message(pair, tmp_path):
+    """torchrun stops the others, and names the rank and the signal."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += flags(pair, tmp_path / "a", **OPTIONS | dict(steps=999, eval_every=0))
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=test_train.HERE, env=test_train.ENV, stdout=log, stderr=log)
+    while not (tmp_path / "a" / "metrics.jsonl").exists() or len(metrics(tmp_path / "a")) < 2:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert re.search(r"rank\s*: 1.*exitcode\s*: -9", (tmp_path / "log").read_text(), re.DOTALL)
+    assert checkpoint.latest(tmp_path / "a")
 
 
 # -----------------------------------------------------------------------------
@@ -225,9 +274,10 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
-        options = OPTIONS | dict(steps=int(sys.argv[2]))
+        kills, steps, ranks = map(int, sys.argv[1:])
+        options = OPTIONS | dict(steps=steps)
         argv = [flags(toy.models(), Path(tmp, name), resume="auto", **options) for name in ("straight", "killed")]
         clock = time.time()
-        assert finished(argv[0]) == 0
-        left = killed(argv[1], Path(tmp, "killed"), int(sys.argv[1]), 0.4 * (time.time() - clock))
+        assert finished(argv[0], ranks=ranks) == 0
+        left = killed(argv[1], Path(tmp, "killed"), kills, 0.4 * (time.time() - clock), ranks)
         print(f"newest checkpoint at each kill: {left}; the same: {same(Path(tmp, 'killed'), Path(tmp, 'straight'))}")

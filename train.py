@@ -30,11 +30,13 @@ from tqdm import tqdm
 import checkpoint
 import data
 import evaluate
+import metrics
 import plot
 import rollout
 from configs import TrainConfig, command, parse
 from gating import drift, gate, one_side
-from policy import FULL_KL, full_weights, head_weights, load_policy, position_loss, score, teacher_targets
+from policy import full_weights, load_policy, position_loss, score
+from teacher import load_teacher
 
 # A sampler this far from the trainer (mean |log-prob| on sampled tokens, nats) holds other weights.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
@@ -66,15 +68,15 @@ def prepare(cfg, device):
     if cfg.log != "none" and not importlib.util.find_spec(cfg.log):
         raise ValueError(f"--log {cfg.log}: pip install {cfg.log}")
     rollout.choose(cfg.rollout, device.type)  # raises where vLLM is asked for and cannot run
-    paths = {"teacher": cfg.teacher, "student": cfg.student}
+    paths = {"student": cfg.student} if cfg.teacher_url else {"teacher": cfg.teacher, "student": cfg.student}
     if "toy" in paths.values():
         import toy
 
-        folders = dict(zip(paths, toy.models(), strict=True))
+        folders = dict(zip(("teacher", "student"), toy.models(), strict=True))
         paths = {role: folders[role] if path == "toy" else path for role, path in paths.items()}
     code = dict(trust_remote_code=cfg.trust_remote_code)
     tokenizers = {role: AutoTokenizer.from_pretrained(path, **code) for role, path in paths.items()}
-    vocab = data.shared_vocab(tokenizers["student"], tokenizers["teacher"])
+    vocab = data.shared_vocab(tokenizers["student"], tokenizers.get("teacher", tokenizers["student"]))
     for role, path in paths.items():
         model = AutoConfig.from_pretrained(path, **code)
         vocab = min(vocab, model.vocab_size)
@@ -108,12 +110,21 @@ def sample(sampler, jobs, rank, world, **sampling):
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
+def teach(teacher, batches, steps):
+    """Fills in the batches' targets. Where the teacher's server fails, the run stops as at a signal."""
+    try:
+        for batch, targets in zip(batches, teacher.targets(batches), strict=True):
+            batch.targets = targets
+    except (ValueError, OSError) as error:
+        steps.stop(f"{error}")
+
+
 @torch.no_grad()
-def held_out_gap(policy, teacher, minibatches, cfg):
+def held_out_gap(policy, batches, cfg):
     """Reverse KL of student to teacher, nats a token, estimated on the student's own responses."""
     total = torch.zeros(2)
-    for batch in (batch for minibatch in minibatches for batch in minibatch):
-        gap = score(policy, batch, cfg.temperature).cpu() - teacher_targets(teacher, batch, cfg)["logp"]
+    for batch in batches:
+        gap = score(policy, batch, cfg.temperature).cpu() - batch.targets["logp"]
         total += torch.tensor([gap.sum(), gap.numel()])
     total = sum(checkpoint.gather(total))
     return (total[0] / total[1]).item()
@@ -158,10 +169,14 @@ def update(policy, optimizer, batches, cfg, want_logp):
 
 def suspects(batches, losses):
     """Prompts (token ids), of all ranks, whose loss is not finite; all of them where only the gradient is not."""
-    pairs = list(zip(batches, losses, strict=True))
-    found = [[batch.prompt(row) for row in batch.rows[~loss.isfinite()].unique()] for batch, loss in pairs]
-    found = sum(sum(checkpoint.gather(found), []), [])
-    return found or sum(sum(checkpoint.gather([[b.prompt(row) for row in b.rows.unique()] for b in batches]), []), [])
+
+    def prompts(rows):
+        found = [batch.sequences(part) for batch, part in zip(batches, rows, strict=True)]
+        return sum(checkpoint.gather([tuple(ids[:start]) for part in found for ids, start in part]), [])
+
+    return prompts(b.rows[~loss.isfinite()] for b, loss in zip(batches, losses, strict=True)) or prompts(
+        batch.rows for batch in batches
+    )
 
 
 def bad_in_a_row(updates, bad, names, cfg, say):
@@ -198,48 +213,56 @@ def main(cfg):
     say(json.dumps(asdict(cfg)))
     first = stream.peek()
     ends = {role: rollout.stops_of(path, tokenizer) for role, path in paths.items()}
-    if ends["teacher"] != ends["student"]:
+    if ends.get("teacher", ends["student"]) != ends["student"]:
         say(f"warning: the teacher ends its answers with {ends['teacher']}, the student with {ends['student']}")
     say(f"the first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
 
+    teacher = attempt(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
     policy = attempt(load_policy, paths["student"], cfg, vocab, device, trainable=True)
-    teacher = attempt(load_policy, paths["teacher"], cfg, vocab, device, trainable=False)
-    policy.teacher_head = head_weights(teacher) if cfg.loss in FULL_KL else None
+    policy.teacher_head = teacher.head
     betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
     start = checkpoint.restore(found, policy, optimizer, stream) if found else 0
+    steps = checkpoint.Steps(start, cfg.steps)
     sampler = attempt(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, say)
+    sampler.stop = steps.asked
     newline = data.newline_tokens(tokenizer, vocab)
-    log = partial(attempt, attempt(checkpoint.make_logger, cfg, out, start))
+    log = partial(attempt, attempt(metrics.make_logger, cfg, out, start))
     want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
 
     def run_eval(step):
+        """A line of its own in the metrics; none where the run is stopped meanwhile."""
         sampler.sync(full_weights(policy))
-        metrics = {}
+        row = {"step": step}
         for name, problems in held_out.items():
             options = dict(k=cfg.k, seed=cfg.seed, template=cfg.template) | sampling(cfg)
-            found, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
+            scores, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
             prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
             jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
             whole = dict(top_p=1.0, top_k=0)  # under a truncated distribution it would be no KL
             rollouts = sample(sampler, jobs, rank, world, **sampling(cfg) | whole)
-            sampler.sleep()
-            minibatches = data.make_batches(rollouts, cfg, 0, rank, world, newline, device)
-            found["gap"] = held_out_gap(policy, teacher, minibatches, cfg)
+            batches = sum(data.make_batches(rollouts, cfg, 0, rank, world, newline, device), [])
+            teach(teacher, batches, steps)
+            if steps.stopped():
+                return
+            scores["gap"] = held_out_gap(policy, batches, cfg)
             prefix = "eval" if len(held_out) == 1 else f"eval/{name}"
-            metrics |= {f"{prefix}/{key}": x for key, x in found.items()}
-        say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in metrics.items()))
-        return metrics
+            row |= {f"{prefix}/{key}": x for key, x in scores.items()}
+        sampler.sleep()
+        say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in row.items() if key != "step"))
+        log(row)
 
-    if start == 0 and held_out:
-        log({"step": 0} | run_eval(0))
+    def eval_is_due(step):
+        return bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
+
+    if eval_is_due(start) and not metrics.has_evaluation(out, start):
+        run_eval(start)
 
     # ------------------------------------------------------------------------- the loop
-    step, saved, bad = start - 1, None, 0
-    steps = checkpoint.until_stopped(range(start, cfg.steps))
+    done, saved, bad = start, start if found else None, 0
     bar = tqdm(steps, initial=start, total=cfg.steps, disable=rank > 0, unit="step")
     for step in bar:
-        clock = {"start": now(device)}
+        before, clock = stream.state, {"start": now(device)}
         jobs, names = [], {}
         for problem, ids in (stream.next() for _ in range(cfg.prompts)):
             seeds = [rollout.seed_for(cfg.seed, step, problem.id, i) for i in range(cfg.group)]
@@ -252,9 +275,11 @@ def main(cfg):
 
         kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
         minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
-        batches = [batch for minibatch in minibatches for batch in minibatch]
-        for batch in batches:
-            batch.targets = teacher_targets(teacher, batch, cfg)
+        batches = sum(minibatches, [])
+        teach(teacher, batches, steps)
+        if steps.stopped():  # nothing is learnt from this batch yet: whoever resumes samples it again, the same
+            stream.restore(before)
+            break
         clock["teacher"] = now(device)
 
         with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
@@ -274,27 +299,28 @@ def main(cfg):
         bad = bad_in_a_row(updates, bad, names, cfg, say)
 
         raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
-        metrics = {"step": step + 1, "lr": learning_rate(cfg, step)}
-        metrics |= checkpoint.summary(cfg, rollouts, batches, raw, updates, clock)
-        check_in_step(metrics, device)
-        last = step + 1 == cfg.steps
-        if held_out and (last or (step + 1) % cfg.eval_every == 0):
-            metrics |= run_eval(step + 1)
-        log(metrics)
-        shown = [name for name in ("loss", "gap", "gate/ess") if name in metrics]
-        bar.set_postfix({name: f"{metrics[name]:.3g}" for name in shown})
+        row = {"step": step + 1, "lr": learning_rate(cfg, step)}
+        row |= metrics.summary(cfg, policy, rollouts, batches, raw, updates, clock)
+        check_in_step(row, device)
+        log(row)
+        done = step + 1
+        bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})
         if cfg.sample_every and step % cfg.sample_every == 0:
             text = tokenizer.decode(rollouts[0].response)
-            say(f"--- step {step + 1}, a response ({rollouts[0].finish}): {text!r}")
-        if last or (cfg.save_every and (step + 1) % cfg.save_every == 0):
-            attempt(checkpoint.save, out, step + 1, policy, optimizer, stream, cfg)
-            saved = step
+            say(f"--- step {done}, a response ({rollouts[0].finish}): {text!r}")
+        if done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
+            attempt(checkpoint.save, out, done, policy, optimizer, stream, cfg)
+            saved = done
+        if eval_is_due(done):
+            run_eval(done)
 
-    if step + 1 < cfg.steps:  # stopped
-        if step != saved:
-            attempt(checkpoint.save, out, step + 1, policy, optimizer, stream, cfg)
+    if steps.stopped():
+        if done != saved:
+            attempt(checkpoint.save, out, done, policy, optimizer, stream, cfg)
         again = command(replace(cfg, resume="true", overwrite=False))
-        say(f"stopped after step {step + 1} of {cfg.steps}, and saved; this goes on:\n{again}")
+        say(f"stopped by {steps.why} after step {done} of {cfg.steps}, and saved; this goes on:\n{again}")
+        if steps.why not in ("SIGTERM", "SIGINT"):
+            checkpoint.stop(steps.why)
     else:
         attempt(checkpoint.save_model, out / "final", policy, tokenizer)
         if rank == 0:
@@ -305,13 +331,13 @@ def main(cfg):
         dist.destroy_process_group()
 
 
-def check_in_step(metrics, device):
+def check_in_step(row, device):
     """Stops a run whose sampler holds other weights than the trainer."""
-    off, bound = metrics.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
+    off, bound = row.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
     if not off <= bound:  # NaN too
-        raise RuntimeError(
+        checkpoint.stop(
             f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
-            f"{off:.2g} nats on average, over the bound of {bound:g}, at step {metrics['step']}"
+            f"{off:.2g} nats on average, over the bound of {bound:g}, at step {row['step']}"
         )
 
 

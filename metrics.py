@@ -1,0 +1,107 @@
+"""A step's metrics over all ranks, and where they go: metrics.jsonl, W&B, TensorBoard."""
+
+import json
+import math
+import os
+import zlib
+from dataclasses import asdict
+
+import torch
+import torch.distributed as dist
+
+from checkpoint import write
+from evaluate import gather
+from gating import gate_stats
+from policy import training_flops
+
+# Dense bf16 FLOP/s by what a GPU's name contains, for the model FLOPs utilisation (mfu); other GPUs get none.
+PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+
+def make_logger(cfg, out, step):
+    """log(metrics): a line of metrics.jsonl, and W&B or TensorBoard where asked for.
+
+    A run that goes on after `step` (0: it starts) drops what a killed one wrote beyond it, and a torn last line.
+    Values that are not finite are left out, as JSON has none.
+    """
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return lambda _: None
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
+    write(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    if cfg.log == "wandb":
+        import wandb
+
+        wandb.init(project="opd-gating", name=out.name, config=asdict(cfg), resume="allow")
+    if cfg.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(out)
+
+    def log(metrics):
+        metrics = {name: x for name, x in metrics.items() if isinstance(x, list) or math.isfinite(x)}
+        with path.open("ab", buffering=0) as file:
+            file.write((json.dumps(metrics) + "\n").encode())
+            os.fsync(file.fileno())
+        scalars = {name: x for name, x in metrics.items() if not isinstance(x, list)}
+        if cfg.log == "wandb":
+            wandb.log(scalars, step=metrics["step"])
+        if cfg.log == "tensorboard":
+            for name, x in scalars.items():
+                writer.add_scalar(name, x, metrics["step"])
+
+    return log
+
+
+def has_evaluation(out, step):
+    """Whether metrics.jsonl has the evaluation after a step: a run can be stopped between the two."""
+    path = out / "metrics.jsonl"
+    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    return any(row["step"] == step and any(name.startswith("eval") for name in row) for row in rows)
+
+
+def mfu(policy, batches, epochs, seconds):
+    """Share of this rank's peak that the updates' model FLOPs are; {} on unknown hardware."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((x for key, x in PEAK.items() if key in name), None)
+    lengths = [len(ids) for batch in batches for ids, _ in batch.sequences()]
+    return {"mfu": training_flops(policy, lengths) * epochs / seconds / peak} if peak else {}
+
+
+def summary(cfg, policy, rollouts, batches, raw, updates, clock):
+    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
+    tokens, n = sum(len(r.response) for r in rollouts), len(rollouts)
+    texts = [(tuple(r.prompt), tuple(r.response)) for r in rollouts]
+    metrics = {"rollout/tokens": tokens, "rollout/length": tokens / n}
+    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / n
+    metrics["rollout/empty"] = sum(not r.response for r in rollouts) / n
+    metrics["rollout/distinct"] = len(set(texts)) / n
+    metrics["rollout/checksum"] = zlib.crc32(repr(texts).encode())  # equal runs have equal rollouts
+    times = list(clock.items())
+    for (_, before), (phase, after) in zip(times, times[1:], strict=False):
+        t = after - before
+        metrics[f"time/{phase}"] = t
+        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
+    metrics |= mfu(policy, batches, cfg.epochs, metrics["time/update"])
+    if not updates:
+        return metrics
+    tracks, results = zip(*updates, strict=True)
+    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
+    flat = {name: [track[name] for track in last] for name in last[0]}
+    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
+    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
+    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
+    flat = {name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat}
+    where, good = flat.pop("where"), [x for x in results if not x["skipped"]]
+    metrics |= {name: sum(x[name] for x in good) / len(good) for name in ("loss", "grad_norm") if good}
+    metrics["skipped"] = len(results) - len(good)
+    if "g" in flat:
+        g, s, d = (flat.pop(name) for name in "gsd")
+        metrics |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()}
+        twentieth = (where * 20).long().clamp(max=19)
+        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
+        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
+    if "out_of_step" in flat:
+        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
+        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
+    return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}

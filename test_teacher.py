@@ -1,0 +1,178 @@
+"""python -m pytest test_teacher.py      (a server of our own on loopback; test_vllm.py asks a real one)"""
+
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import policy
+import teacher
+import test_train
+import train
+from configs import TrainConfig, parse
+from test_train import far, flags
+
+pair = test_train.pair  # random teacher and student
+scene = test_train.scene
+
+
+class Server(ThreadingHTTPServer):
+    """Answers as vLLM's does, with the log-probs of a transformers model."""
+
+    def __init__(self, path):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.model = AutoModelForCausalLM.from_pretrained(path)
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.context, self.limit, self.failures, self.dies_after, self.asked = 512, 20, 0, 10**9, 0
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @torch.no_grad()
+    def answer(self, path, body):
+        """(status, JSON)."""
+        self.asked += 1
+        if self.failures > 0:
+            self.failures -= 1
+            return 503, {"error": "busy"}
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "the-teacher", "max_model_len": self.context}]}
+        if path == "/detokenize":
+            return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        ids, k = body["prompt"], body["prompt_logprobs"]
+        if k > self.limit:
+            return 400, {"error": {"message": f"Requested prompt logprobs of {k}, which is greater than {self.limit}"}}
+        if max(ids) >= self.model.config.vocab_size:
+            return 400, {"error": {"message": f"Token id {max(ids)} is out of vocabulary"}}
+        rows = [None]
+        for logp, token in zip(self.model(torch.tensor([ids])).logits[0].log_softmax(-1), ids[1:], strict=False):
+            order = logp.argsort(descending=True).tolist()
+            chosen = {token, *order[:k]}
+            rows.append({str(i): {"logprob": logp[i].item(), "rank": order.index(i) + 1} for i in chosen})
+        return 200, {"choices": [{"prompt_logprobs": rows}]}
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        length = int(self.headers.get("Content-Length") or 0)
+        status, answer = self.server.answer(self.path, json.loads(self.rfile.read(length) or "null"))
+        if self.server.asked > self.server.dies_after:
+            return  # no answer, and the connection is closed
+        data = json.dumps(answer).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(pair):
+    with Server(pair[0]) as it:
+        yield it
+        it.shutdown()
+
+
+@pytest.mark.parametrize("loss", ["opd", "lsm", "fkl_topk", "tail_topk"])
+def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, loss):
+    student, _, minibatches, cfg = scene(loss=loss, micro_tokens=70)
+    batches = sum(minibatches, [])
+    remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
+    for batch, found in zip(batches, remote.targets(batches), strict=True):
+        torch.testing.assert_close(found["logp"], batch.targets["logp"], rtol=1e-5, atol=1e-5)
+        _, local, _ = policy.position_loss(student, batch, cfg)
+        if loss != "opd":
+            assert torch.equal(found["ids"], batch.targets["ids"])
+            torch.testing.assert_close(found["logq"], batch.targets["logq"], rtol=1e-5, atol=1e-5)
+        batch.targets = found
+        torch.testing.assert_close(policy.position_loss(student, batch, cfg)[1], local, rtol=1e-3, atol=1e-5)
+
+
+def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
+    for loss in ("opd", "lsm"):
+        _, local = test_train.run(pair, tmp_path / f"{loss}a", loss=loss)
+        _, remote = test_train.run(
+            (tmp_path / "nowhere", pair[1]), tmp_path / f"{loss}b", loss=loss, teacher_url=server.url
+        )
+        assert far(remote, local) < 1e-4
+
+
+def test_a_busy_server_is_asked_again(pair, scene, server):
+    _, _, (batches, *_), cfg = scene(loss="opd")
+    remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
+    server.failures = 2
+    for batch, found in zip(batches, remote.targets(batches), strict=True):
+        torch.testing.assert_close(found["logp"], batch.targets["logp"], rtol=1e-5, atol=1e-5)
+    assert server.failures == 0
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        (dict(limit=3), dict(loss="lsm"), "prompt logprobs of 4"), (dict(context=88), {}, "takes 88 tokens.* are 89"),
+        (dict(failures=99), {}, "no answer from .*503"), ({}, dict(teacher_url="http://127.0.0.1:1"), "no answer from .*refused"),
+        (dict(model=SimpleNamespace(config=SimpleNamespace(vocab_size=41))), {}, "Token id 41 is out of vocabulary"),
+        (dict(tokenizer=SimpleNamespace(decode=lambda ids: "<pad><bos>x")), {}, "the same ids are '<eos>.*' for the student"),
+        ({}, dict(loss="jsd"), "--loss jsd needs"), ({}, dict(temperature=0.7), "--temperature is 0.7"),
+    ],
+)  # fmt: skip
+def test_a_server_that_does_not_fit_is_one_line_before_the_student_loads(
+    pair, server, tmp_path, monkeypatch, capsys, change, options, message
+):
+    monkeypatch.setattr(teacher, "RETRIES", 1)
+    monkeypatch.setattr(train, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(SystemExit) as stop:
+        train.main(parse(TrainConfig, flags(pair, tmp_path / "a", **dict(teacher_url=server.url) | options)))
+    error = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
+    assert re.search(message, error) and error.strip().count("\n") == 0, error
+
+
+def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, server, tmp_path, monkeypatch):
+    """Nothing is lost: the steps before are saved, though no checkpoint was due."""
+    monkeypatch.setattr(teacher, "RETRIES", 1)
+    options = dict(loss="lsm", steps=4, teacher_url=server.url)
+    _, straight = test_train.run(pair, tmp_path / "a", **options)
+    server.dies_after = server.asked + 3 + 2 * 6  # the three checks, and two steps of six rollouts
+    with pytest.raises(SystemExit, match="--teacher_url: no answer"):
+        test_train.run(pair, tmp_path / "b", **options)
+    assert checkpoint.latest(tmp_path / "b").name == "step-2"
+    server.dies_after = 10**9
+    _, resumed = test_train.run(pair, tmp_path / "b", **options, resume=True)
+    assert far(resumed, straight) == 0
+
+
+@pytest.mark.parametrize("loss", ["lsm", "fkl_topk", "tail_topk"])
+def test_places_of_the_top_k_that_stay_empty_do_not_count(scene, loss):
+    """A server's top-K may hold ids that only pad its embedding: the support is then smaller."""
+    student, _, ((batch,),), cfg = scene(minibatches=1, micro_tokens=10**6, loss=loss, topk=5)
+    full, grads = dict(batch.targets), []
+    last = torch.arange(5) == 4
+    less = {"ids": full["ids"].masked_fill(last, 0), "logq": full["logq"].masked_fill(last, -torch.inf)}
+    for targets in (less, {"ids": full["ids"][:, :4], "logq": full["logq"][:, :4]}):
+        batch.targets = full | targets
+        _, x, info = policy.position_loss(student, batch, cfg)
+        x.sum().backward()
+        grads.append({name: p.grad for name, p in student.named_parameters()} | info | {"loss": x.detach()})
+        student.zero_grad()
+    assert far(*grads) < 1e-5 and grads[0]["loss"].isfinite().all()
+
+
+def test_an_offloaded_teacher_waits_in_host_memory_and_says_the_same(scene, monkeypatch):
+    _, lm, (batches, *_), cfg = scene(loss="lsm", teacher_offload=True)
+    moves, to = [], policy.Policy.to
+    monkeypatch.setattr(policy.Policy, "to", lambda self, device: moves.append(str(device)) or to(self, device))
+    local = teacher.LocalTeacher(lm, cfg, torch.device("cpu", 0))
+    for batch, found in zip(batches, local.targets(batches), strict=True):
+        assert all(torch.equal(found[name], x) for name, x in batch.targets.items())
+    assert moves == ["cpu", "cpu:0", "cpu"]  # "cpu:0" stands for the GPU here
