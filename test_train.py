@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import checkpoint
 import data
 import policy
 import rollout
+import teacher
 import toy
 import train
 from configs import TrainConfig, parse
@@ -176,8 +178,8 @@ def test_jsd_has_the_two_kl_as_limits(scene):
 def test_teacher_runs_once_for_a_rollout_batch(pair, tmp_path, monkeypatch):
     """Invariant 6: whatever the number of epochs."""
     calls = []
-    targets = train.teacher_targets
-    monkeypatch.setattr(train, "teacher_targets", lambda *a: calls.append(1) or targets(*a))
+    targets = teacher.teacher_targets
+    monkeypatch.setattr(teacher, "teacher_targets", lambda *a: calls.append(1) or targets(*a))
     run(pair, tmp_path / "a", epochs=4, minibatches=1, micro_tokens=10**6)
     assert len(calls) == 2  # steps
 
@@ -220,7 +222,7 @@ def test_sampler_out_of_step_stops_the_run(pair, tmp_path, monkeypatch):
 
     make = rollout.make_sampler
     monkeypatch.setattr(rollout, "make_sampler", broken)
-    with pytest.raises(RuntimeError, match="out of step.*nats.*step 2"):
+    with pytest.raises(SystemExit, match="out of step.*nats.*step 2"):
         run(pair, tmp_path / "a", steps=3)
 
 
@@ -235,7 +237,7 @@ def test_command_line_end_to_end(pair, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("preset tiny, cpu")
     rows = metrics(tmp_path / "run")
-    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]  # an evaluation is a line of its own
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
     assert {"eval/pass@2", "eval/mean@2"} <= rows[0].keys() and {"loss", "gap", "gate/ess", "lr"} <= rows[1].keys()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
@@ -246,17 +248,43 @@ def test_command_line_end_to_end(pair, tmp_path):
     assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
 
 
+STANDALONE = [["--standalone", "--nproc_per_node=2"]]
+TWO_NODES = [["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", "--rdzv_endpoint=localhost:{port}"]] * 2
+
+
 @pytest.mark.parametrize(
-    "options", [dict(loss="opd", gate="block"), dict(loss="lsm", gate="none"), dict(loss="jsd", gate="span")]
-)
-def test_two_ranks_are_one_process(pair, tmp_path, options):
-    """FSDP2 on gloo, tied heads, unequal micro-batches: the same parameters on the same global batch."""
-    options |= dict(steps=3, micro_tokens=70, minibatches=2, schedule="constant")
+    "options, launches, student",
+    [
+        (dict(loss="opd", gate="none"), STANDALONE, "tied"), (dict(loss="opd", gate="block"), STANDALONE, "untied"),
+        (dict(loss="lsm", gate="none"), STANDALONE, "biased"), (dict(loss="lsm", gate="block"), TWO_NODES, "tied"),
+        (dict(loss="jsd", gate="span"), STANDALONE, "biased"),
+    ],
+    ids=lambda x: "-".join(x.values()) if isinstance(x, dict) else x if isinstance(x, str) else f"{len(x)}nodes",
+)  # fmt: skip
+def test_two_ranks_are_one_process(pair, tmp_path, options, launches, student):
+    """FSDP2 on gloo, unequal micro-batches: the same parameters on the same global batch, for heads of all kinds."""
+    if student != "tied":
+        torch.manual_seed(3)
+        size = dict(vocab_size=42, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        make = {"untied": (Qwen3Config, Qwen3ForCausalLM), "biased": (PhiConfig, PhiForCausalLM)}[student]
+        # a key's bias on dimensions that do not turn has no gradient but rounding, and Adam makes steps of that
+        rope = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+        size |= dict(num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False)
+        lm = make[1](make[0](**size, rope_parameters=rope))
+        assert (lm.lm_head.bias is not None) == (student == "biased")
+        pair = pair[0], str(tmp_path / "student")
+        lm.save_pretrained(pair[1])
+        toy.tokenizer().save_pretrained(pair[1])
+    options = options | dict(steps=3, micro_tokens=70, minibatches=2, schedule="constant")
     _, one = run(pair, tmp_path / "one", **options)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py"]
-    command += flags(pair, tmp_path / "two", **options)
-    done = subprocess.run(command, cwd=HERE, env=ENV, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    jobs, port = [], random.randint(20000, 60000)
+    for i, launch in enumerate(launches):
+        command = [sys.executable, "-m", "torch.distributed.run", *(x.format(port=port) for x in launch), "train.py"]
+        with (tmp_path / f"log{i}").open("w") as log:
+            command += flags(pair, tmp_path / "two", **options)
+            jobs.append(subprocess.Popen(command, cwd=HERE, env=ENV, stdout=log, stderr=log))
+    for i, job in enumerate(jobs):
+        assert job.wait(timeout=300) == 0, (tmp_path / f"log{i}").read_text()[-3000:]
     assert far(load_file(tmp_path / "two" / "final" / "model.safetensors"), one) < 1e-4
 
 

@@ -4,8 +4,12 @@ import importlib.util
 import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +18,10 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+import toy
+from configs import TrainConfig, parse
 from rollout import VLLMSampler, choose, vllm_device
+from teacher import ServerTeacher
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (requirements-vllm.txt)", allow_module_level=True)
@@ -145,6 +152,17 @@ def test_a_prompt_that_does_not_fit_is_an_error(pair):
         pair[0].sample([[5] * (MAX_LEN + 1)], [0], **PLAIN)
 
 
+def test_a_sampler_that_is_stopped_returns_at_once_and_samples_on(pair, monkeypatch):
+    sampler, _ = pair
+    want, asked = sampler.sample(PROMPTS, SEEDS, **PLAIN), []
+    monkeypatch.setattr(sampler, "stop", lambda: asked.append(1) or len(asked) > 3)
+    found = sampler.sample(PROMPTS, SEEDS, **PLAIN | {"max_tokens": 400})
+    assert len(asked) == 4 and [r.prompt for r in found] == PROMPTS and {r.finish for r in found} >= {"stopped"}
+    monkeypatch.undo()
+    again = sampler.sample(PROMPTS, SEEDS, **PLAIN)
+    assert [r.response for r in again] == [r.response for r in want]
+
+
 def test_no_prompts_give_no_rollouts(pair):
     assert pair[0].sample([], [], **PLAIN) == []
 
@@ -210,18 +228,88 @@ def test_more_prompts_than_one_batch_holds(tmp_path):
     assert len(rollouts) == 200 and all(r.response for r in rollouts)
 
 
-def test_training_with_vllm_from_the_command_line(tmp_path):
-    """Four steps: the sampler is in step with the trainer after every sync, and the gates see drift."""
-    import toy
+# -----------------------------------------------------------------------------
+# whole runs
 
-    for role, hidden in (("teacher", 64), ("student", 32)):
-        toy.model(hidden, 2, seed=len(role)).save_pretrained(tmp_path / role)
-        toy.tokenizer().save_pretrained(tmp_path / role)
-    pair = [f"--teacher={tmp_path / 'teacher'}", f"--student={tmp_path / 'student'}"]
-    flags = "--preset tiny --rollout vllm --steps 4 --prompts 4 --group 4 --max_response 32 --eval_every 0 --lr 1e-3"
-    command = [sys.executable, "train.py", *flags.split(), *pair, f"--out={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 4 and all(row["rollout/out_of_step_max"] < 1e-3 for row in rows)
-    assert all(row["gate/drift_abs"] > 0 for row in rows)
+
+def train(out, *flags, **options):
+    """A run of train.py on the toy's own pair; its process, and what it prints."""
+    command = [sys.executable, "train.py", "--preset", "tiny", "--out", str(out), *flags]
+    command += [x for name, value in options.items() for x in (f"--{name}", str(value))]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def rows(out):
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_run_with_vllm_reaches_what_the_hf_sampler_reaches(tmp_path):
+    """In step with the trainer after every sync, and the gates see drift."""
+    ends = {}
+    for kind in ("vllm", "hf"):
+        job = train(tmp_path / kind, rollout=kind, steps=25, eval_every=25, save_every=0, eval_problems=64)
+        said, _ = job.communicate(timeout=600)
+        assert job.returncode == 0, said[-3000:]
+        start, *steps, end = rows(tmp_path / kind)
+        assert len(steps) == 25 and all(row["rollout/out_of_step_max"] < 1e-3 for row in steps)
+        assert all(row["gate/drift_abs"] > 0 for row in steps)
+        assert end["eval/mean@8"] > start["eval/mean@8"] + 0.1 and end["eval/gap"] < 0.9 * start["eval/gap"]
+        ends[kind] = end
+    print({kind: {name: x for name, x in end.items() if "@" in name or "gap" in name} for kind, end in ends.items()})
+    assert abs(ends["vllm"]["eval/mean@8"] - ends["hf"]["eval/mean@8"]) < 0.12
+
+
+@pytest.fixture
+def served():
+    """(process, url) of a vLLM server with the toy's teacher."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", toy.models(HERE / "out/toy")[0]]
+    command += ["--port", port, "--host", "127.0.0.1", "--max-logprobs", "16", "--enforce-eager"]
+    if vllm_device() == "cpu":
+        command += ["--dtype", "float32"]
+    env = os.environ | dict(VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1", VLLM_LOGGING_LEVEL="ERROR")
+    process = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(240):
+        try:
+            urllib.request.urlopen(f"{url}/health")
+            break
+        except OSError:
+            assert process.poll() is None, "the server did not start"
+            time.sleep(1)
+    yield process, url
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_dies(tmp_path, served):
+    """Then the run ends within a minute, in one line, with all of its steps saved."""
+    process, url = served
+    small = dict(prompts=2, group=2, eval_every=0, save_every=0, rollout="hf")
+    for loss in ("opd", "lsm"):
+        found = {}
+        for name, where in (("local", {}), ("server", {"teacher_url": url})):
+            job = train(tmp_path / loss / name, loss=loss, steps=3, **small | where)
+            said, _ = job.communicate(timeout=300)
+            assert job.returncode == 0, said[-3000:]
+            found[name] = [(row["loss"], row["gap"], row["rollout/checksum"]) for row in rows(tmp_path / loss / name)]
+        for local, server in zip(*found.values(), strict=True):
+            assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
+    with pytest.raises(ValueError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
+        flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
+        ServerTeacher(url, parse(TrainConfig, flags), toy.tokenizer(), 42)
+    job = train(tmp_path / "dies", loss="lsm", steps=500, **small, teacher_url=url)
+    while len(rows(tmp_path / "dies")) < 2:
+        assert job.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    clock = time.time()
+    said, _ = job.communicate(timeout=60)
+    print(f"{time.time() - clock:.0f} s to the end:", said.splitlines()[-1])
+    done = rows(tmp_path / "dies")[-1]["step"]
+    assert job.returncode == 1 and "train.py: --teacher_url: no answer" in said.splitlines()[-1]
+    assert (tmp_path / "dies" / f"step-{done}" / "state.json").exists()
