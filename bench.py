@@ -4,6 +4,7 @@
     python bench.py losses --N 2048 --H 256 --runs 0              # memory alone
     python bench.py losses --N 16384 --H 2048 --dtype bfloat16    # a GPU
     python bench.py step                                          # needs trl for the comparison
+    python bench.py engines                                       # needs vLLM for the comparison
 
 Times are medians of runs in turns (A B C A B C ...), as multiples of the floor: plain matmuls with the same
 FLOPs in the same turns. Memory is the peak beyond inputs and gradients: on CUDA the allocator's count, on a
@@ -322,9 +323,18 @@ def step(args):
     table(title, ["", "s", "response tokens", "response tokens / s"], rows)
 
 
+def engines(args):
+    """hf and vLLM, one rank and two, in turns."""
+    from bench_step import PHASES
+    from bench_step import engines as measure
+
+    title = f"A step on 64 rollouts of the toy pair, seconds a phase. One thread a rank, {args.runs} runs of 3 steps"
+    table(title, ["", *PHASES, "all", "rollout tokens / s"], measure(args.runs))
+
+
 def main(argv=None):
     cuda = torch.cuda.is_available()
-    tables = {"losses": losses, "scale": scale, "gates": gates, "step": step}
+    tables = {"losses": losses, "scale": scale, "gates": gates, "step": step, "engines": engines}
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument

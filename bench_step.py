@@ -1,9 +1,15 @@
-"""The measurement behind `python bench.py step`: one tiny training step, ours and TRL's DistillationTrainer in turns."""
+"""The measurements behind `python bench.py step`, ours and TRL's trainer in turns, and `engines`, samplers and ranks in turns."""
 
+import importlib.util
 import itertools
+import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 
@@ -100,3 +106,30 @@ def measure(runs, trl):
         else:
             rows.append([name, "not installed", "", ""])
     return rows
+
+
+PHASES = ("rollout", "teacher", "update")
+
+
+def engines(runs):
+    """Rows of text: sampler and ranks, median seconds of each phase and of all, rollout tokens a second.
+
+    Each turn is a run of train.py, tiny preset, whose first two steps of five do not count.
+    """
+    found, kinds = {}, ["hf"] + ["vllm"] * bool(importlib.util.find_spec("vllm"))
+    for kind, ranks in list(itertools.product(kinds, (1, 2))) * runs:
+        launch = f"-m torch.distributed.run --standalone --nproc_per_node {ranks}".split() if ranks > 1 else []
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--preset tiny --steps 5 --eval_every 0 --save_every 0 --rollout {kind} --out {folder}/run"
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            command = [sys.executable, *launch, "train.py", *flags.split()]
+            subprocess.run(command, cwd=Path(__file__).parent, env=env, check=True, capture_output=True)
+            lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        found.setdefault((kind, ranks), []).extend(map(json.loads, lines[2:]))
+    rows = []
+    for (kind, ranks), steps in found.items():
+        times = [statistics.median(row[f"time/{phase}"] for row in steps) for phase in PHASES]
+        total = statistics.median(sum(row[f"time/{phase}"] for phase in PHASES) for row in steps)
+        rate = statistics.median(row["tokens_per_s/rollout"] for row in steps)
+        rows.append([f"{kind}, {ranks} rank(s)", *(f"{t:.2f}" for t in (*times, total)), f"{rate:,.0f}"])
+    return rows if len(kinds) > 1 else rows + [["vllm", "not installed", "", "", "", ""]]

@@ -1,11 +1,13 @@
 """python -m pytest test_bench.py      (tiny sizes; what is installed besides torch is compared too)"""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import bench
+import bench_step
 
 TINY = "--device cpu --dtype float32 --N 48 --H 16 --V 320 --K 4 --runs 1 --threads 1".split()
 
@@ -92,3 +94,22 @@ def test_a_step_runs_on_the_projects_own_functions():
 
     step, *_ = our_trainer(data.load("toy", limit=2))
     assert 0 < step() <= 200
+
+
+def test_engines_takes_medians_of_the_later_steps(monkeypatch):
+    """Runs that report 1, 2, ... seconds a phase: the first two of five steps do not count."""
+
+    def run(command, **_):
+        out = Path(command[command.index("--out") + 1])
+        out.mkdir(parents=True)
+        slow = 10 * ("--nproc_per_node" in command)
+        rows = [
+            {f"time/{phase}": slow + i for phase in bench_step.PHASES} | {"tokens_per_s/rollout": i} for i in range(5)
+        ]
+        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    monkeypatch.setattr(bench_step.subprocess, "run", run)
+    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda name: None)
+    rows = bench_step.engines(runs=2)
+    assert rows[0] == ["hf, 1 rank(s)", "3.00", "3.00", "3.00", "9.00", "3"]
+    assert rows[1][:2] == ["hf, 2 rank(s)", "13.00"] and rows[2][:2] == ["vllm", "not installed"]
