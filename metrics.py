@@ -9,13 +9,16 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from checkpoint import write
+from checkpoint import stop, write
 from evaluate import gather
 from gating import gate_stats
 from policy import training_flops
 
 # Dense bf16 FLOP/s by what a GPU's name contains, for the model FLOPs utilisation (mfu); other GPUs get none.
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
+
+# A sampler this far from the trainer (mean |difference| of log-probs on sampled tokens, nats) holds other weights.
+OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 
 
 def make_logger(cfg, out, step):
@@ -105,3 +108,13 @@ def summary(cfg, policy, rollouts, batches, raw, updates, clock):
         metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
         metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
     return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}
+
+
+def check_in_step(row, device):
+    """Stops a run whose sampler holds other weights than the trainer."""
+    off, bound = row.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
+    if not off <= bound:  # NaN too
+        stop(
+            f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
+            f"{off:.2g} nats on average, over the bound of {bound:g}, at step {row['step']}"
+        )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import checkpoint
@@ -182,6 +183,19 @@ def test_teacher_runs_once_for_a_rollout_batch(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "teacher_targets", lambda *a: calls.append(1) or targets(*a))
     run(pair, tmp_path / "a", epochs=4, minibatches=1, micro_tokens=10**6)
     assert len(calls) == 2  # steps
+
+
+def test_training_flops_are_those_that_torch_counts(scene):
+    """Forward and backward over short sequences, where attention is next to nothing; tied heads count, embeddings not."""
+    student, *_ = scene()
+    for tied in (True, False):
+        student.lm.config.tie_word_embeddings = tied
+        with FlopCounterMode(display=False) as counter:
+            student.lm(torch.ones(1, 6, dtype=torch.long)).logits.sum().backward()
+        embedding = (
+            0 if tied else 6 * 6 * student.lm.lm_head.weight.numel()
+        )  # what an untied copy would add is not there
+        assert policy.training_flops(student, [6]) + embedding == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_updates_lower_the_loss(pair, tmp_path):
