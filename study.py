@@ -87,7 +87,7 @@ def run_cell(name, flags, args):
     line |= {key: [round(row[f"gate/{key}"], 4) for row in trained] for key in ("ess", "mean", "drift_abs")}
     if "/probe/" in name:
         line["epochs"] = by_epoch([json.loads(text) for text in (folder / "probe.jsonl").read_text().splitlines()])
-    for path in [*folder.glob("step-*"), folder / "final"]:
+    for path in folder.glob("step-*"):
         shutil.rmtree(path)
     return line | dict(seconds=round(time.time() - began, 1), commit=args.commit, hardware=args.hardware)
 
@@ -98,6 +98,7 @@ def run(args):
     out.mkdir(parents=True, exist_ok=True)
     path = out / "study.jsonl"
     done = {line["cell"]: line for line in read(path)} if path.exists() else {}
+    path.write_text("".join(json.dumps(line) + "\n" for line in done.values()))  # without a torn last line
     todo = {name: flags for name, flags in cells(args).items() if name not in done}
     args.commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
@@ -203,7 +204,7 @@ def report(path, out):
 def draw_effects(lines, path):
     """The difference of each variant from none in mean@k: seeds as dots, mean and 95 % interval."""
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(PAIRS), figsize=(12, 4.2), sharey=True, layout="constrained")
+    figure, (axes,) = plt.subplots(1, len(PAIRS), figsize=(12, 4.2), sharey=True, squeeze=False, layout="constrained")
     names = [*MAIN[1:], *SWEEP]
     for ax, (loss, reuse) in zip(axes, PAIRS, strict=True):
         ax.axvline(0, color="black", linewidth=0.8)
