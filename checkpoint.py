@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import random
 import shutil
 import signal
@@ -24,6 +23,10 @@ import evaluate
 from configs import MAY_CHANGE
 from evaluate import gather
 from policy import full_weights
+from report import sync, write
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving from one process is what we mean
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def latest(out: Path):
@@ -67,30 +70,6 @@ def claim(cfg):
     for left in out.glob("*.tmp"):  # by a kill
         shutil.rmtree(left) if left.is_dir() else left.unlink()
     write(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
-
-
-def write(path, text):
-    """The whole text or the old file, whenever the power goes."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-    sync(path.parent)
-
-
-def sync(path):
-    """Flushes a file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving from one process is what we mean
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def tensors(policy, model, optim):

@@ -9,10 +9,11 @@ from dataclasses import asdict
 import torch
 import torch.distributed as dist
 
-from checkpoint import stop, write
+from checkpoint import stop
 from evaluate import gather
 from gating import gate_stats
 from policy import training_flops
+from report import write
 
 # Dense bf16 FLOP/s by what a GPU's name contains, for the model FLOPs utilisation (mfu); other GPUs get none.
 PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}

@@ -23,13 +23,19 @@ def read(run) -> list[dict]:
     return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw(*runs) -> None:
-    """Writes curves.png, and gates.png where gates were recorded, into the first run's folder."""
+def pyplot():
+    """matplotlib, for files alone; imported where a picture is drawn, as it takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def draw(*runs) -> None:
+    """Writes curves.png, and gates.png where gates were recorded, into the first run's folder."""
+    plt = pyplot()
     histories = {Path(run): read(run) for run in runs}
     first = Path(runs[0])
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")

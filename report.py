@@ -14,6 +14,7 @@ import numpy as np
 
 from configs import BENCHMARKS
 from grade import UNGRADABLE
+from plot import pyplot
 
 PAPER = {  # arXiv 2606.24084: pass@8 in %, on BENCHMARKS in this order; one seed each
     "base student": (77.2, 13.3, 10.0, 60.0),
@@ -44,12 +45,23 @@ def read_rows(path: Path):
 
 
 def write(path: Path, text: str):
-    """The whole file or nothing of it, whenever the process dies."""
-    with open(tmp := path.with_name(path.name + ".tmp"), "w") as file:
+    """The whole text or the old file, whenever the process dies or the power goes."""
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    tmp.rename(path)
+    tmp.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Flushes a file, or a folder's list of names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def write_rows(path, rows):
@@ -252,11 +264,7 @@ def comparison(arms: dict, k: int) -> str:
 
 def picture(curves: dict, path):
     """pass@k against k with its 95 % band: a panel a benchmark, a line a run. curves: {name: summary}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     names = list(dict.fromkeys(s for found in curves.values() for s in found))
     size = (1 + 3.2 * len(names), 3.6)
     fig, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
