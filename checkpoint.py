@@ -1,4 +1,7 @@
-"""What a run leaves on disk but its metrics: out/RUN/{config.json, step-N/ (checkpoints), final/ (the student)}. And how it ends."""
+"""What a run leaves on disk besides its metrics, and how it ends.
+
+out/RUN/{config.json, step-N/ (checkpoints), final/ (the student)}
+"""
 
 import functools
 import json

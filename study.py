@@ -218,6 +218,7 @@ def draw_effects(lines, path):
                 ax.errorbar(100 * mean, i, xerr=100 * half, fmt="o", color=color, markersize=4, capsize=2)
         ax.axhline(len(MAIN) - 1.5, color="gray", linewidth=0.5, linestyle=":")
         ax.set(title=f"{loss}, {reuse} reuse", xlabel="mean@k, points over no gate", yticks=range(len(names)))
+        ax.set_ylim(-0.6, len(names) - 0.4)
         ax.set_yticklabels(names)
         ax.grid(alpha=0.3, axis="x")
     axes[0].invert_yaxis()
