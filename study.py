@@ -42,8 +42,8 @@ PAIRS = [(loss, reuse) for reuse in ("light", "heavy") for loss in ("opd", "lsm"
 MAIN = ("none", "block", "span", "token", "sequence")
 SWEEP = {
     "absmean": "--gate block --stat absmean", "rms": "--gate block --stat rms",
-    "tau 0.3": "--gate block --tau 0.3", "tau 3": "--gate block --tau 3",
-    "small blocks": "--gate block --block {0}", "large blocks": "--gate block --block {2}",
+    "tau_0.3": "--gate block --tau 0.3", "tau_3": "--gate block --tau 3",
+    "small_blocks": "--gate block --block {0}", "large_blocks": "--gate block --block {2}",
     "toward": "--gate block --gate_on toward", "away": "--gate block --gate_on away",
 }  # fmt: skip
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
@@ -74,7 +74,7 @@ def cells(args):
 
 def run_cell(name, flags, args):
     """Runs one cell: its line of study.jsonl, or None where it did not finish."""
-    folder, began = Path(args.out) / name.replace(" ", "_"), time.time()
+    folder, began = Path(args.out) / name, time.time()
     program = "python probe.py" if "/probe/" in name else f"{args.launch} train.py"
     command = f"{program} {' '.join(flags.split())} --overwrite --out {folder}"
     argv = [sys.executable if part == "python" else part for part in shlex.split(command)]
@@ -112,7 +112,7 @@ def run(args):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         line = run_cell(name, todo[name], args)
         if line is None:
-            print(f"{name}: did not finish, see {out}/{name.replace(' ', '_')}.log", flush=True)
+            print(f"{name}: did not finish, see {out}/{name}.log", flush=True)
             return
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -37,6 +37,7 @@ def test_cells_of_one_seed_differ_in_the_gate_alone():
     cells = study.cells(args)
     count = {v: sum(name.split("/")[2] == v for name in cells) for v in (*study.MAIN, *study.SWEEP, "probe")}
     assert all(count[v] == 4 * 5 for v in study.MAIN) and all(count[v] == 4 * 3 for v in study.SWEEP)
+    assert not any(" " in name for name in cells)  # they are folders and parts of commands
     assert count["probe"] == 4 and len(set(cells.values())) == len(cells) - 4  # a probe repeats an ungated run
     none, block = (cells[f"opd/heavy/{v}/2"].split() for v in ("none", "block"))
     assert [(a, b) for a, b in zip(none, block, strict=True) if a != b] == [("none", "block")]
@@ -47,18 +48,18 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     flags = " ".join(f"--{name} {x}" for name, x in small.items())
     monkeypatch.setattr(study, "PAIRS", [("lsm", "heavy")])
     monkeypatch.setattr(study, "MAIN", ("none",))
-    monkeypatch.setattr(study, "SWEEP", {})
-    argv = ["--flags", flags, "--seeds", "1"]
+    monkeypatch.setattr(study, "SWEEP", {"tau_3": study.SWEEP["tau_3"]})
+    argv = ["--flags", flags, "--seeds", "1", "--sweep_seeds", "1"]
     study.main([*argv, "--out", str(tmp_path / "a")])
     path = tmp_path / "a" / "study.jsonl"
-    cell, probe = study.read(path)
+    cell, probe, tau = study.read(path)
+    assert tau["cell"] == "lsm/heavy/tau_3/0" and tau["ess"] != cell["ess"]
     assert cell["end"] == probe["end"] and cell["checksum"] == probe["checksum"]  # a probe only looks
     assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in ("effects.png", "diagnostics.png"))
     by_epoch = probe["epochs"]
     assert by_epoch.keys() == set("012345") and by_epoch["5"]["none/cos"] == pytest.approx(1, abs=1e-3)
     assert by_epoch["5"]["token/cos"] < 1 and 0 <= by_epoch["5"]["cancelled"] <= 1
-    path.write_text(json.dumps(cell) + "\n" + json.dumps(probe)[:40])  # killed while it wrote
+    path.write_text(json.dumps(tau) + "\n" + json.dumps(cell) + "\n" + json.dumps(probe)[:40])  # killed while it wrote
     study.main([*argv, "--out", str(tmp_path / "a")])
     again = study.read(path)
-    assert [x["cell"] for x in again] == [cell["cell"], probe["cell"]] and again[1]["end"] == probe["end"]
-    assert again[0]["seconds"] == cell["seconds"]  # the finished cell was not run again
+    assert again[:2] == [tau, cell] and len(again) == 3 and again[2]["end"] == probe["end"]  # one cell was run again
