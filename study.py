@@ -254,11 +254,11 @@ def draw_diagnostics(lines, path):
             (solid,) = row[5].plot(at, series[f"{name}/cos"], label=name)
             row[5].plot(at, series[f"{name}/norm"], linestyle="--", color=solid.get_color())
         row[2].set(title="mean gate, last epoch", xlabel="position in the response")
-        row[3].set(title="effective sample size, gated runs", xlabel="step")
+        row[3].set(title="effective sample size, gated", xlabel="step")
         row[4].plot(at, series["cancelled"], label="positions in cancelling blocks")
         row[4].plot(at, series["toward"], label="share of |d| toward the teacher")
         row[4].set(title="cancellation and direction", xlabel="epoch", ylim=(0, 1))
-        row[5].set(title="gradient / ungated: cosine (-), norm (--)", xlabel="epoch")
+        row[5].set(title="gradient to ungated: cosine, norm (--)", xlabel="epoch")
         for ax in row[2:]:
             if ax.lines:
                 ax.legend(fontsize=8)
