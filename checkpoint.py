@@ -75,6 +75,15 @@ def claim(cfg):
     write(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
 
 
+def state_dicts(policy, optimizer):
+    """(model, optimizer). torch makes the state of a fresh optimizer by an update of nothing, which must not count."""
+    fresh = not optimizer.state
+    found = get_state_dict(policy, optimizer, options=FLAT)
+    for state in optimizer.state.values() if fresh else ():
+        state["step"].zero_()
+    return found
+
+
 def tensors(policy, model, optim):
     """What a checkpoint holds of get_state_dict's two: tied weights once, the optimizer's other values not at all."""
     tied = {f"lm.{name}" for name in policy.lm.all_tied_weights_keys}
@@ -85,7 +94,7 @@ def tensors(policy, model, optim):
 def save(out, step, policy, optimizer, stream, cfg):
     """safetensors sharded over the ranks, loadable on any number of them; renamed once complete and on the disk."""
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
-    rng, state = gather(rng_state()), tensors(policy, *get_state_dict(policy, optimizer, options=FLAT))
+    rng, state = gather(rng_state()), tensors(policy, *state_dicts(policy, optimizer))
     try:
         dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True))
     except CheckpointException as failed:
@@ -114,7 +123,7 @@ def root_cause(error):
 
 def restore(folder, policy, optimizer, stream):
     """Loads a checkpoint in place and returns its step. Another number of ranks keeps the random states of its seed."""
-    model, optim = get_state_dict(policy, optimizer, options=FLAT)
+    model, optim = state_dicts(policy, optimizer)
     dcp.load(tensors(policy, model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
     rng = torch.load(folder / "rng.pt", weights_only=True)
@@ -175,22 +184,25 @@ def save_model(path, policy, tokenizer):
 
 
 class Steps:
-    """The numbers of a run's steps, until SIGTERM, Ctrl-C or `stop` on any rank: then the one under way is the last."""
+    """The numbers of a run's steps, until SIGTERM, Ctrl-C or `stop` on any rank: then the one under way is the last.
+
+    From the first step until `release`, signals do no more than that.
+    """
 
     def __init__(self, start, end):
-        self.start, self.end, self.why = start, end, ""
+        self.start, self.end, self.why, self.handlers = start, end, "", {}
 
     def __iter__(self):
-        signals = (signal.SIGTERM, signal.SIGINT)
-        before = {s: signal.signal(s, lambda s, _: self.stop(signal.Signals(s).name)) for s in signals}
-        try:
-            for step in range(self.start, self.end):
-                if self.stopped():
-                    return
-                yield step
-        finally:
-            for s, handler in before.items():
-                signal.signal(s, handler)
+        for s in (signal.SIGTERM, signal.SIGINT):
+            self.handlers[s] = signal.signal(s, lambda s, _: self.stop(signal.Signals(s).name))
+        for step in range(self.start, self.end):
+            if self.stopped():
+                return
+            yield step
+
+    def release(self):
+        for s, handler in self.handlers.items():
+            signal.signal(s, handler)
 
     def stop(self, why):
         self.why = self.why or why
@@ -201,8 +213,9 @@ class Steps:
 
     def stopped(self):
         """Whether any rank was, and then all of them; a collective."""
-        self.why = max(gather(self.why))
-        return self.asked()
+        why = max(gather(self.why))
+        self.why = self.why or why  # a signal may have come meanwhile; the next call tells the others
+        return bool(why)
 
 
 def attempt(task, *args, **kwargs):

@@ -175,7 +175,9 @@ class Grader:
         worker = self.idle.get()
         if worker is None:
             command = [sys.executable, __file__, str(self.seconds)]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            # a session of its own, out of the reach of Ctrl-C, which the caller may live through
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            worker = subprocess.Popen(command, **pipes)
             self.started.append(worker)
         worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
         worker.stdin.flush()

@@ -66,7 +66,7 @@ def has_evaluation(out, step):
 
 def mfu(policy, batches, epochs, seconds):
     """Share of this rank's peak that the updates' model FLOPs are; {} on unknown hardware."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    name = torch.cuda.get_device_name() if next(policy.parameters()).is_cuda else ""
     peak = next((x for key, x in PEAK.items() if key in name), None)
     lengths = [len(ids) for batch in batches for ids, _ in batch.sequences()]
     return {"mfu": training_flops(policy, lengths) * epochs / seconds / peak} if peak else {}

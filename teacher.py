@@ -47,7 +47,7 @@ class LocalTeacher:
 class ServerTeacher:
     """Prompt log-probs of an OpenAI-compatible vLLM server, one request a rollout, as token ids.
 
-    ValueError where its vocabulary, context or log-prob limit does not fit; OSError where it does not answer.
+    ValueError where its vocabulary or context does not fit; OSError where it does not answer, or refuses.
     """
 
     head = None  # only a model in this process has one
@@ -59,7 +59,8 @@ class ServerTeacher:
         self.url, self.vocab = url.rstrip("/").removesuffix("/v1"), vocab
         self.k = cfg.topk if cfg.loss in TOPK else 0
         self.session = requests.Session()
-        retry = Retry(RETRIES, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+        busy = dict(status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
+        retry = Retry(RETRIES, read=1, backoff_factor=0.5, **busy)  # read: a long wait for an answer is not made longer
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=REQUESTS, max_retries=retry))
         (model, *_) = self.ask("GET", "/v1/models")["data"]
@@ -72,8 +73,8 @@ class ServerTeacher:
         self.score([0, vocab - 1])  # one id or log-prob too many, and the server says so
 
     def check_vocabulary(self, tokenizer):
-        """Every 50th id and the special ones must be the same text to both."""
-        ids = sorted({*range(0, self.vocab, 50), *tokenizer.all_special_ids})
+        """Every 50th id, and all that were added to the tokenizer, must be the same text to both."""
+        ids = sorted({*range(0, self.vocab, 50), *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
         theirs = self.ask("POST", "/detokenize", {"model": self.model, "tokens": ids})["prompt"]
         ours = tokenizer.decode(ids)
         if theirs != ours:
@@ -88,13 +89,16 @@ class ServerTeacher:
         except OSError as error:
             raise OSError(f"--teacher_url: no answer from {self.url}{path}: {error}") from None
         if not answer.ok:
-            raise ValueError(f"--teacher_url: {self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
+            raise OSError(f"--teacher_url: {self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
         return answer.json()
 
     def score(self, ids, start=1):
         """(log-probs of ids[start:], [[(rank, id, log-prob), ...], ...] of the most likely tokens in their places)."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
-        rows = self.ask("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"][start:]
+        rows = self.ask("POST", "/v1/completions", body)["choices"][0].get("prompt_logprobs")
+        if rows is None:
+            raise OSError(f"--teacher_url: {self.url} gives no prompt_logprobs, as vLLM does")
+        rows = rows[start:]
         logp = [row[str(i)]["logprob"] for i, row in zip(ids[start:], rows, strict=True)]
         ranked = [sorted((x["rank"], int(i), x["logprob"]) for i, x in row.items()) for row in rows]
         # The sampled token comes along where it is not among the k; ids that only pad the teacher's embedding may be.

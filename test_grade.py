@@ -1,6 +1,7 @@
 """grade.py on surface forms, hostile answers and real problems. Run: python -m pytest test_grade.py"""
 
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -179,3 +180,11 @@ def test_a_thousand_ordinary_answers_grade_in_seconds(grader):
     start = time.perf_counter()
     grader.grade(cases)
     assert time.perf_counter() - start < 20  # 2 s on an idle machine
+
+
+def test_ctrl_c_does_not_reach_the_workers():
+    """A training run saves and exits in order; a worker that died first would break its evaluation."""
+    with Grader(workers=1) as grader:
+        grade(grader, [r"\frac{1}{3}"], r"\frac{2}{6}")
+        (worker,) = grader.started
+        assert os.getpgid(worker.pid) != os.getpgrp()

@@ -135,14 +135,16 @@ def slow_sampling():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("when", ["sampling", "evaluating"])
+@pytest.mark.parametrize("when", ["first step", "sampling", "evaluating"])
 def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum, when):
     """A step that samples is given up at once, and so is an evaluation; both come again, the same."""
-    out, log = cut_back(straight, tmp_path / "a", 1), tmp_path / "log"
-    rows = 2 if when == "sampling" else 4  # of steps 0 to 1, or 0 to 3
-    process = start(flags(pair, out, resume="true", **OPTIONS | dict(save_every=0)), slow_sampling, log)
-    while not log.exists() or len(metrics(out)) != rows:  # a resumed run has cut its metrics back
-        time.sleep(0.01)
+    out, log = tmp_path / "a", tmp_path / "log"
+    rows = {"first step": 1, "sampling": 2, "evaluating": 4}[when]  # of steps 0, 0 to 1, 0 to 3
+    if when != "first step":
+        cut_back(straight, out, 1)
+    process = start(flags(pair, out, resume="auto", **OPTIONS | dict(save_every=0)), slow_sampling, log)
+    while not log.exists() or not (out / "metrics.jsonl").exists() or len(metrics(out)) != rows:
+        time.sleep(0.01)  # a resumed run has cut its metrics back
     time.sleep(0.5)
     os.kill(process.pid, signum)
     clock = time.time()
@@ -151,6 +153,14 @@ def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_pa
     assert process.exitcode == 0 and again.startswith("python train.py") and len(metrics(out)) == rows
     assert time.time() - clock < 2.4  # one response takes that long
     assert finished(shlex.split(again)[2:] + ["--save_every", "1"]) == 0 and same(out, straight)
+
+
+def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
+    """This rank had nothing to say when the others heard it; it says so the next time."""
+    steps = checkpoint.Steps(0, 9)
+    monkeypatch.setattr(checkpoint, "gather", lambda why: steps.stop("SIGTERM") or [why, ""])
+    assert not steps.stopped() and steps.asked()
+    assert steps.stopped()
 
 
 def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):

@@ -299,7 +299,7 @@ def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_d
             found[name] = [(row["loss"], row["gap"], row["rollout/checksum"]) for row in rows(tmp_path / loss / name)]
         for local, server in zip(*found.values(), strict=True):
             assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
-    with pytest.raises(ValueError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
+    with pytest.raises(OSError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
         flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
         ServerTeacher(url, parse(TrainConfig, flags), toy.tokenizer(), 42)
     job = train(tmp_path / "dies", loss="lsm", steps=500, **small, teacher_url=url)

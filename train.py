@@ -108,12 +108,15 @@ def sample(sampler, jobs, rank, world, **sampling):
 
 
 def teach(teacher, batches, steps):
-    """Fills in the batches' targets. Where the teacher's server fails, the run stops as at a signal."""
+    """Whether the batches have their targets now; not where the run is stopped, as it is when a server fails."""
+    if steps.stopped():
+        return False
     try:
         for batch, targets in zip(batches, teacher.targets(batches), strict=True):
             batch.targets = targets
-    except (ValueError, OSError) as error:
-        steps.stop(f"{error}")
+    except OSError as error:
+        steps.stop(" ".join(str(error).split()))
+    return not steps.stopped()
 
 
 @torch.no_grad()
@@ -240,8 +243,7 @@ def main(cfg):
             rollouts = sample(sampler, jobs, rank, world, **sampling(cfg) | whole)
             sampler.sleep()
             batches = sum(data.make_batches(rollouts, cfg, 0, rank, world, newline, device), [])
-            teach(teacher, batches, steps)
-            if steps.stopped():
+            if not teach(teacher, batches, steps):
                 return
             scores["gap"] = held_out_gap(policy, batches, cfg)
             prefix = "eval" if len(held_out) == 1 else f"eval/{name}"
@@ -252,7 +254,7 @@ def main(cfg):
     def eval_is_due(step):
         return bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
 
-    if eval_is_due(start) and not metrics.has_evaluation(out, start):
+    if eval_is_due(start) and not checkpoint.gather(metrics.has_evaluation(out, start))[0]:
         run_eval(start)
 
     # ------------------------------------------------------------------------- the loop
@@ -273,8 +275,9 @@ def main(cfg):
         kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
         minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
         batches = sum(minibatches, [])
-        teach(teacher, batches, steps)
-        if steps.stopped():  # nothing is learnt from this batch yet: whoever resumes samples it again, the same
+        if not teach(
+            teacher, batches, steps
+        ):  # nothing is learnt from this batch yet: whoever resumes samples it again, the same
             stream.restore(before)
             break
         clock["teacher"] = now(device)
@@ -315,10 +318,12 @@ def main(cfg):
         if done != saved:
             attempt(checkpoint.save, out, done, policy, optimizer, stream, cfg)
         again = command(replace(cfg, resume="true", overwrite=False))
+        steps.release()
         say(f"stopped by {steps.why} after step {done} of {cfg.steps}, and saved; this goes on:\n{again}")
         if steps.why not in ("SIGTERM", "SIGINT"):
             checkpoint.stop(steps.why)
     else:
+        steps.release()
         attempt(checkpoint.save_model, out / "final", policy, tokenizer)
         if rank == 0:
             plot.draw(out)
