@@ -262,7 +262,7 @@ def draw_diagnostics(lines, path):
         for ax in row[2:]:
             if ax.lines:
                 ax.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
