@@ -1,13 +1,11 @@
 """evaluate.py with a fake sampler: sampling, resuming, grading again, comparing. Run: python -m pytest test_evaluate.py"""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,8 +17,6 @@ import report
 import rollout
 from configs import EvalConfig
 from data import Problem
-
-HERE = Path(__file__).resolve().parent
 
 
 class FakeTokenizer:
@@ -183,31 +179,24 @@ def test_no_model_and_no_finished_run_is_one_clear_line(tmp_path, monkeypatch):
         evaluate.main(EvalConfig())
 
 
-CHILD = """
-import sys
-sys.path.insert(0, {here!r})
-from pathlib import Path
-import pytest, test_evaluate as t
-with pytest.MonkeyPatch.context() as patch:
-    t.without_model(patch).pause = 0.03
-    t.evaluate.main(t.make_config(Path({folder!r}), out={out!r}))
-"""
-
-
 def run_child(tmp_path, out, kill_after=None):
     """The command in a process of its own; True if it ended by itself."""
-    code = CHILD.format(here=str(HERE), folder=str(tmp_path), out=str(tmp_path / out))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def child():
+        with pytest.MonkeyPatch.context() as patch:
+            without_model(patch).pause = 0.03
+            evaluate.main(make_config(tmp_path, out=str(tmp_path / out)))
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
     if kill_after is not None:
-        deadline = time.monotonic() + 60
-        while not (tmp_path / out / "identity.json").exists() and child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)  # starting up is most of its time; the kill should come after it
+        while not (tmp_path / out / "identity.json").exists() and process.is_alive():
+            time.sleep(0.005)
         time.sleep(kill_after)
-        child.send_signal(signal.SIGKILL)
-    errors = child.communicate()[1]
-    assert child.returncode in (0, -signal.SIGKILL), errors.decode()
-    return child.returncode == 0
+        process.kill()
+    process.join()
+    assert process.exitcode in (0, -signal.SIGKILL)
+    return process.exitcode == 0
 
 
 def test_killed_and_resumed_it_writes_the_same_file(tmp_path):

@@ -4,7 +4,6 @@ python test_survive.py 10 20 2     # 20 steps straight, and 20 with 10 kills at 
 """
 
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -19,7 +18,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import checkpoint
@@ -28,41 +26,10 @@ import test_train
 import toy
 import train
 from configs import TrainConfig, parse
-from test_train import far, flags, metrics
+from test_train import far, finished, flags, launch, metrics, start
 
 pair = test_train.pair  # random teacher and student
-fork = multiprocessing.get_context("fork")
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
-
-
-def start(argv, setup=lambda: None, log=os.devnull):
-    """A child that runs train.py on argv; what it prints goes to the file `log`."""
-
-    def child():
-        for fd in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
-        sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
-        torch.set_num_threads(1)
-        train.plot.draw = lambda out: None  # half of the time of a short run
-        setup()
-        train.main(parse(TrainConfig, argv))
-
-    process = fork.Process(target=child)
-    process.start()
-    return process
-
-
-def launch(argv, ranks=1, **kwargs):
-    """Children that are the ranks of one run."""
-    world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(random.randint(20000, 60000)))
-    env = [world | dict(RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE=str(ranks)) for r in range(ranks)]
-    return [start(argv, lambda r=r: os.environ.update(env[r]) if ranks > 1 else None, **kwargs) for r in range(ranks)]
-
-
-def finished(argv, setup=lambda: None, log=os.devnull, ranks=1):
-    """The largest exit code of a run."""
-    processes = launch(argv, ranks, log=log) if ranks > 1 else [start(argv, setup, log)]
-    return max(abs(process.join() or process.exitcode) for process in processes)
 
 
 def outcome(out):

@@ -275,10 +275,8 @@ def main(cfg):
         kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
         minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
         batches = sum(minibatches, [])
-        if not teach(
-            teacher, batches, steps
-        ):  # nothing is learnt from this batch yet: whoever resumes samples it again, the same
-            stream.restore(before)
+        if not teach(teacher, batches, steps):
+            stream.restore(before)  # nothing is learnt from this batch: whoever resumes samples it again, the same
             break
         clock["teacher"] = now(device)
 
