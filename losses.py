@@ -280,9 +280,7 @@ def _blocks(hidden, weight, bias, temperature, vocab, block=None, buffer=None):
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))
         out = buffer[: N * (v.stop - v.start)].view(N, v.stop - v.start)
-        tile = (
-            width if hidden.is_cuda else 1024
-        )  # a CPU multiplies few rows faster with one piece of the weight at a time
+        tile = width if hidden.is_cuda else 1024  # a CPU multiplies few rows faster by pieces of the weight
         for piece, part in zip(weight[v].split(tile), out.split(tile, 1), strict=True):
             _mm(hidden, piece.T, part)
         if bias is not None:
