@@ -36,7 +36,7 @@ def our_trainer(prompts):
         n = next(steps)
         sampler.sync(full_weights(policy))
         jobs = [(prompt, rollout.seed_for(n, i)) for i, prompt in enumerate(ids)]
-        rollouts = train.sample(sampler, jobs, 0, 1, **train.sampling(cfg))
+        rollouts = train.sample(sampler, jobs, 0, 1, **train.sampling_options(cfg))
         (batches,) = data.make_batches(rollouts, cfg, n, 0, 1, newline, device)
         for batch in batches:
             batch.targets = teacher_targets(teacher, batch, cfg)

@@ -63,14 +63,14 @@ class TrainConfig:
     span_max: int = arg(128, "tokens; longer newline spans are cut evenly")
     # the loss
     loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg("opd", "position loss; see README")
-    clip: float = arg(0.2, "opd: ratio kept above 1 - clip; 0: off")
+    clip_low: float = arg(0.2, "opd: ratio kept above 1 - clip_low; 0: off")
     clip_high: float = arg(0.2, "opd: ratio kept below 1 + clip_high; 0: off")
     dual_clip: float = arg(3.0, "opd: loss at most dual_clip * -advantage where the advantage is negative; 0: off")
-    topk: int = arg(32, "lsm: size K of the teacher's support")
-    log_ratio_clamp: float = arg(0.0, "lsm: log-ratio kept within +- this, in nats; 0: off")
+    topk: int = arg(32, "top-K losses: size of the teacher's support")
+    log_ratio_clamp: float = arg(0.0, "lsm, fkl_topk: log-ratio kept within +- this, in nats; 0: off")
     beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m)")
-    add_sampled: bool = arg(False, "lsm: the sampled token joins the support where it is outside")
-    renormalise: bool = arg(True, "lsm: softmax both sides on the support; off: the true probabilities")
+    add_sampled: bool = arg(False, "lsm, fkl_topk: the sampled token joins the support where it is outside")
+    renormalise: bool = arg(True, "lsm, fkl_topk: softmax both sides on the support; off: the true probabilities")
     # rollouts
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
     prompts: int = arg(4, "prompts a step, all ranks together")
@@ -178,8 +178,9 @@ def command(cfg):
     """The shortest command line of train.py that gives cfg."""
     defaults = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
     given = {name: x for name, x in asdict(cfg).items() if x != defaults[name] or name in ("preset", "out")}
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
+    local, ranks = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    nodes = f"--nnodes {ranks // local} --rdzv_backend c10d --rdzv_endpoint HOST:29500 " if ranks > local else ""
+    launcher = f"torchrun {nodes}--nproc_per_node {local}" if ranks > 1 else "python"
     return f"{launcher} train.py " + " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in given.items())
 
 
@@ -192,7 +193,7 @@ def _default_preset(device):
 def problems(cfg):
     """Yields a line for each setting that cannot be, so that nothing loads first."""
     low = dict(block=1, tau=0, span_min=1, prompts=1, group=1, max_prompt=1, max_response=1, steps=1, epochs=1)
-    low |= dict(minibatches=1, micro_tokens=1, clip=0, clip_high=0, dual_clip=0, log_ratio_clamp=0, sample_top_k=0)
+    low |= dict(minibatches=1, micro_tokens=1, clip_low=0, clip_high=0, dual_clip=0, log_ratio_clamp=0, sample_top_k=0)
     low |= dict(lr=0, warmup=0, weight_decay=0, grad_clip=0, eval_every=0, eval_problems=0, save_every=0, keep=1)
     low |= dict(k=1, n=0, tp=1, threads=0, sample_every=0, max_bad_updates=0, seed=0, limit=0, max_tokens=1, batch=1)
     for name, least in low.items():
@@ -226,7 +227,7 @@ def problems(cfg):
             yield f"--beta2 is {cfg.beta2}; it must lie in [0, 1)"
         if not 0 <= cfg.beta <= 1:
             yield f"--beta is {cfg.beta}; it must lie in [0, 1]"
-        if cfg.topk < 2 and cfg.loss != "opd":
+        if cfg.topk < 2 and cfg.loss in ("lsm", "fkl_topk") and cfg.renormalise:
             yield f"--topk is {cfg.topk}; it must be at least 2 (renormalised on one token, the loss is always 0)"
         if cfg.teacher_url and cfg.loss not in ("opd", "lsm", "fkl_topk", "tail_topk"):
             yield f"--loss {cfg.loss} needs the teacher's whole distribution, and --teacher_url gives its top-K"

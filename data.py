@@ -220,7 +220,7 @@ class Batch:
             found.append((self.ids[row, : start + int(self.mask[row].sum())].tolist(), start))
         return found
 
-    def see(self, logp):
+    def keep_old(self, logp):
         """The first log-probs [N] that the trainer computes on this batch are its old ones."""
         if self.old is None and logp is not None:
             self.old = logp.detach()

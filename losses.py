@@ -69,18 +69,17 @@ def lsm_loss(
         raise ValueError("K = 1: renormalised on one token, the loss is always 0")
     if not renormalise and lse is None:
         raise ValueError("renormalise=False needs the student's logsumexp, lse")
-    z, logq = (_finite(z) if renormalise else _finite(z.float() - lse[..., None])), _finite(logq)
+    z = _finite(z if renormalise else z.float() - lse[..., None])
+    logq = _finite(logq)
     if support is not None:  # finite, so that no NaN reaches a gradient
         z, logq = z.masked_fill(~support, -1e30), logq.masked_fill(~support, -1e30)
-    logp = z
     if renormalise:
-        logp, logq = z.log_softmax(-1), logq.log_softmax(-1)
-    if forward:
-        logp, logq = logq, logp
-    ratio = logp - logq
+        z, logq = z.log_softmax(-1), logq.log_softmax(-1)
+    a, b = (logq, z) if forward else (z, logq)
+    ratio = a - b
     if log_ratio_clamp is not None:
         ratio = ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    terms = logp.exp() * ratio
+    terms = a.exp() * ratio
     return (terms if support is None else terms.masked_fill(~support, 0.0)).sum(-1)
 
 
@@ -96,7 +95,7 @@ def _with_tail(logp: Tensor) -> Tensor:
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Log-probs in fp32, -inf as -1e4, so that differences stay finite. NaN stays: the training loop must see it."""
+    """Logits or log-probs in fp32, -inf as -1e4, so that differences stay finite. NaN stays: the training loop must see it."""
     return x.float().clamp(-1e4, 1e4)
 
 

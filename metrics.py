@@ -72,8 +72,8 @@ def mfu(policy, batches, epochs, seconds):
     return {"mfu": training_flops(policy, lengths) * epochs / seconds / peak} if peak else {}
 
 
-def summary(cfg, policy, rollouts, batches, raw, updates, clock):
-    """A step's metrics over all ranks. Gate and loss diagnostics are of its last epoch, where drift is largest."""
+def summary(cfg, policy, rollouts, batches, checked, updates, clock):
+    """A step's metrics over all ranks. checked: [(batch, the trainer's log-probs beside the sampler's)]. Gate and loss diagnostics are of its last epoch, where drift is largest."""
     tokens, n = sum(len(r.response) for r in rollouts), len(rollouts)
     texts = [(tuple(r.prompt), tuple(r.response)) for r in rollouts]
     metrics = {"rollout/tokens": tokens, "rollout/length": tokens / n}
@@ -93,22 +93,28 @@ def summary(cfg, policy, rollouts, batches, raw, updates, clock):
     last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
     flat = {name: [track[name] for track in last] for name in last[0]}
     flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
-    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in raw]
+    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in checked]
     flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
-    flat = {name: torch.cat([part[name] for part in parts]) for parts in [gather(flat)] for name in flat}
+    parts = gather(flat)
+    flat = {name: torch.cat([part[name] for part in parts]) for name in flat}
     where, good = flat.pop("where"), [x for x in results if not x["skipped"]]
     metrics |= {name: sum(x[name] for x in good) / len(good) for name in ("loss", "grad_norm") if good}
     metrics["skipped"] = len(results) - len(good)
     if "g" in flat:
         g, s, d = (flat.pop(name) for name in "gsd")
         metrics |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()}
-        twentieth = (where * 20).long().clamp(max=19)
-        total = torch.zeros(2, 20).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
-        metrics["gate/by_position"] = (total[0] / total[1].clamp(min=1)).tolist()
+        metrics["gate/by_position"] = by_position(g, where).tolist()
     if "out_of_step" in flat:
         metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
         metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
     return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}
+
+
+def by_position(x, where):
+    """Means [20] of x [N] over twentieths of the responses; where [N] is the position in (0, 1)."""
+    total = torch.zeros(2, 20, device=x.device)
+    total.index_add_(1, (where * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
+    return total[0] / total[1].clamp(min=1)
 
 
 def check_in_step(row, device):

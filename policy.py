@@ -139,8 +139,8 @@ def position_loss(policy, batch, cfg, want_logp=True):
     t = {name: x.to(batch.ids.device) for name, x in batch.targets.items()}
     if cfg.loss == "opd":
         logp = score(policy, batch, cfg.temperature)
-        batch.see(logp)
-        clips = (cfg.clip or None, cfg.clip_high or None, cfg.dual_clip or None)
+        batch.keep_old(logp)
+        clips = (cfg.clip_low or None, cfg.clip_high or None, cfg.dual_clip or None)
         return logp, *opd_loss(logp, batch.old, t["logp"], *clips)
 
     tokens, at = batch.tokens[:, None], dict(temperature=cfg.temperature, vocab=policy.vocab)
@@ -160,11 +160,11 @@ def position_loss(policy, batch, cfg, want_logp=True):
 
     if cfg.loss in FULL_KL:
         logp, loss = policy(batch, kl_head)
-        batch.see(logp)
+        batch.keep_old(logp)
         return logp, loss, {}
     z, lse = policy(batch, topk_head)
     logp = None if lse is None else (z[:, 0] - lse).detach()
-    batch.see(logp)
+    batch.keep_old(logp)
     there = t["logq"] > -torch.inf  # a server may have given fewer than K
     inside = ((t["ids"] == tokens) & there).any(1)
     support = torch.cat([(~inside & cfg.add_sampled)[:, None], there], 1)

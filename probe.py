@@ -4,6 +4,7 @@ The run is the one that train.py makes of these flags, bit for bit; OUT/probe.js
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -12,9 +13,12 @@ import torch
 import train
 from configs import TrainConfig, parse
 from gating import KINDS, drift, gate, gate_stats, one_side
+from metrics import by_position
 
 
 def main(argv):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit("probe.py: one process only")
     cfg, plain, count = parse(TrainConfig, argv), train.update, 0
 
     def update(policy, optimizer, batches, cfg, want_logp):
@@ -56,7 +60,7 @@ def look(policy, batches, cfg):
             grads[name] = grads[name] + torch.cat([part.flatten() for part in parts])
     d, advantage, where = torch.cat(shared, 1)
     tracks = {name: torch.cat(parts, 1) for name, parts in tracks.items()}
-    plain, toward, twentieth = grads["none"] / len(d), d * advantage > 0, (where * 20).long().clamp(max=19)
+    plain, toward = grads["none"] / len(d), d * advantage > 0
     signed, unsigned = tracks["block"][1].abs(), tracks["absmean"][1]
     row = {"toward": (d.abs() * toward).sum() / d.abs().sum().clamp(min=1e-30)}
     row["cancelled"] = (signed < unsigned / 2).float().mean()
@@ -64,10 +68,9 @@ def look(policy, batches, cfg):
     row |= {"drift": tracks["block"][1].quantile(levels), "gate": tracks["block"][0].quantile(levels)}
     for name, (g, s) in tracks.items():
         gradient, share = grads[name] / g.sum(), g / g.mean()
-        total = torch.zeros(2, 20, device=g.device).index_add_(1, twentieth, torch.stack([g, torch.ones_like(g)]))
         found = {
             "cos": torch.cosine_similarity(gradient, plain, 0), "norm": gradient.norm() / plain.norm(),
-            "ess": gate_stats(g, s, d, torch.ones_like(g))["ess"], "position": total[0] / total[1].clamp(min=1),
+            "ess": gate_stats(g, s, d, torch.ones_like(g))["ess"], "position": by_position(g, where),
             "advantage": (share * advantage.abs()).mean() / advantage.abs().mean(),
         }  # fmt: skip
         for side, mask in (("toward", toward), ("away", ~toward)):

@@ -8,7 +8,7 @@
 A rollout is a function of the weights, its prompt and its seed: not of what else is in the batch, of earlier
 calls or of the trainer's random state. Only rounding differs with the batch, and may turn a near tie.
 
-sampler.stop() is asked at every token. Once it says True, sample returns what there is, for the caller to drop.
+sampler.should_stop() is asked at every token. Once it says True, sample returns what there is, for the caller to drop.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ class HFSampler:
     def __init__(self, model, stops, pad, vocab, *, own=False, budget=1 << 17):
         self.model, self.stops, self.pad, self.vocab = model, stops, pad, vocab
         self.own, self.budget = own, budget
-        self.stop = lambda: False
+        self.should_stop = lambda: False
 
     @torch.no_grad()
     def sync(self, weights):
@@ -139,7 +139,7 @@ class HFSampler:
         draw = Draw(torch.from_numpy(np.stack(u)).to(device), width, self.vocab, warpers)
         # fp32 master weights on a GPU: computed in bf16, as the trainer does
         half = device.type == "cuda" and self.model.dtype == torch.float32
-        end = lambda ids, *_, **__: torch.full((len(ids),), self.stop(), device=device)  # noqa: E731
+        end = lambda ids, *_, **__: torch.full((len(ids),), self.should_stop(), device=device)  # noqa: E731
         with torch.autocast(device.type, torch.bfloat16, enabled=half):
             kwargs = dict(generation_config=config, logits_processor=[draw], stopping_criteria=[end])
             out = self.model.generate(ids, attention_mask=mask, **kwargs)
@@ -200,7 +200,7 @@ class VLLMSampler:
         if world % tp:
             raise ValueError(f"--tp is {tp}; it must divide the number of ranks, {world}")
         self.cuda, self.stops, self.tp, self.asleep = vllm_device() == "cuda", stops, tp, False
-        self.stop = lambda: False
+        self.should_stop = lambda: False
         from vllm import LLM
 
         # On a CPU, vLLM 0.32 fails on a seeded request whose prompt it has cut in two.
@@ -275,7 +275,7 @@ class VLLMSampler:
             for i, (prompt, seed) in enumerate(jobs):
                 engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **params))
             while engine.has_unfinished_requests():
-                if self.tp == 1 and self.stop():
+                if self.tp == 1 and self.should_stop():
                     engine.abort_request([str(i) for i in range(len(jobs)) if i not in found])
                     found = {i: None for i in range(len(jobs))} | found
                     break

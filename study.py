@@ -2,7 +2,7 @@
 
     python study.py                                       # what is missing of the study at toy size, then the report
     python study.py --flags "--device cuda --prompts 32"  # the same at another size: the flags join every command
-    python study.py --size paper --launch "torchrun --nproc_per_node 8"
+    python study.py --size paper --launch "torchrun --nproc_per_node 8" --probes 0
     python study.py --report assets/study.jsonl           # tables and figures of a study that has run
 
 It may be stopped at any time: a finished cell is a line of OUT/study.jsonl, and is not run again. Cells of one loss,

@@ -23,7 +23,7 @@ import rollout
 import teacher
 import toy
 import train
-from configs import TrainConfig, parse
+from configs import TrainConfig, command, parse
 
 HERE = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -194,7 +194,7 @@ SWITCHES = [
     ("stat", ["mean", "absmean", "rms"], {}), ("tau", [0.5, 1, 2], {}), ("block", [2, 4, 8], {}),
     ("gate_on", ["all", "toward", "away"], {}),
     ("span_min", [2, 4], dict(gate="span", span_max=9)), ("span_max", [3, 9], dict(gate="span", span_min=2)),
-    ("clip", [0, 0.01], {}), ("clip_high", [0, 0.01], {}), ("dual_clip", [0, 0.5], dict(clip=0)),
+    ("clip_low", [0, 0.01], {}), ("clip_high", [0, 0.01], {}), ("dual_clip", [0, 0.5], dict(clip_low=0)),
     ("topk", [3, 4], dict(loss="lsm")), ("log_ratio_clamp", [0, 0.1], dict(loss="lsm")),
     ("add_sampled", [False, True], dict(loss="lsm")), ("renormalise", [True, False], dict(loss="lsm")),
     ("beta", [0.1, 0.9], dict(loss="jsd")), ("temperature", [0.7, 1.0], {}),
@@ -381,7 +381,7 @@ def written(path, text):
         (dict(nonsense=1), "nonsense"), (dict(gate="blocks"), "invalid choice"), (dict(preset="huge"), "invalid choice"),
         (dict(topk=1, loss="lsm"), "--topk"), (dict(block=0), "--block"), (dict(tau=-1), "--tau"), (dict(top_p=0), "--top_p"),
         (dict(top_p=1.5), "--top_p"), (dict(temperature=0), "--temperature"), (dict(epochs=0), "--epochs"), (dict(lr="x"), "--lr"),
-        (dict(beta=2), "--beta"), (dict(span_max=3), "--span_max"), (dict(minibatches=7), "--minibatches"), (dict(clip=-1), "--clip"),
+        (dict(beta=2), "--beta"), (dict(span_max=3), "--span_max"), (dict(minibatches=7), "--minibatches"), (dict(clip_low=-1), "--clip_low"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_one_line(pair, tmp_path, capsys, options, message):
@@ -389,6 +389,22 @@ def test_wrong_flags_are_one_line(pair, tmp_path, capsys, options, message):
         parse(TrainConfig, flags(pair, tmp_path / "a", **options))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_one_token_of_support_is_refused_only_where_it_says_nothing(pair, tmp_path):
+    for options in (dict(loss="tail_topk"), dict(loss="rkl"), dict(loss="lsm", renormalise=False)):
+        parse(TrainConfig, flags(pair, tmp_path / "a", topk=1, **options))
+    rows, _ = run(pair, tmp_path / "a", topk=1, loss="tail_topk")
+    assert all(row["grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("local, world, launcher", [(1, 1, "python"), (8, 8, "torchrun --nproc_per_node 8"),
+    (8, 16, "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:29500 --nproc_per_node 8")])  # fmt: skip
+def test_the_command_that_goes_on_names_its_ranks(monkeypatch, local, world, launcher):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    cfg = parse(TrainConfig, ["--preset", "tiny", "--out", "a b", "--lr", "3e-4"])
+    assert command(cfg) == f"{launcher} train.py --preset tiny --lr 0.0003 --out 'a b'"
 
 
 @pytest.mark.parametrize(

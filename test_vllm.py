@@ -155,7 +155,7 @@ def test_a_prompt_that_does_not_fit_is_an_error(pair):
 def test_a_sampler_that_is_stopped_returns_at_once_and_samples_on(pair, monkeypatch):
     sampler, _ = pair
     want, asked = sampler.sample(PROMPTS, SEEDS, **PLAIN), []
-    monkeypatch.setattr(sampler, "stop", lambda: asked.append(1) or len(asked) > 3)
+    monkeypatch.setattr(sampler, "should_stop", lambda: asked.append(1) or len(asked) > 3)
     found = sampler.sample(PROMPTS, SEEDS, **PLAIN | {"max_tokens": 400})
     assert len(asked) == 4 and [r.prompt for r in found] == PROMPTS and {r.finish for r in found} >= {"stopped"}
     monkeypatch.undo()

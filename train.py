@@ -35,7 +35,7 @@ import plot
 import rollout
 from configs import TrainConfig, command, parse
 from gating import drift, gate, one_side
-from policy import full_weights, load_policy, position_loss, score
+from policy import full_tensor, full_weights, load_policy, position_loss, score
 from teacher import load_teacher
 
 
@@ -95,7 +95,7 @@ def prepare(cfg, device):
     return found, paths, tokenizer, vocab, stream, held_out
 
 
-def sampling(cfg):
+def sampling_options(cfg):
     names = dict(temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response")
     return {name: getattr(cfg, field) for name, field in names.items()}
 
@@ -103,7 +103,7 @@ def sampling(cfg):
 def sample(sampler, jobs, rank, world, **sampling):
     """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
     mine = jobs[rank::world]
-    parts = checkpoint.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling))
+    parts = evaluate.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling))
     return [parts[i % world][i // world] for i in range(len(jobs))]
 
 
@@ -121,12 +121,12 @@ def teach(teacher, batches, steps):
 
 @torch.no_grad()
 def held_out_gap(policy, batches, cfg):
-    """Reverse KL of student to teacher, nats a token, estimated on the student's own responses."""
+    """Reverse KL of student to teacher, nats a token, estimated on the student's own responses (to 64 problems)."""
     total = torch.zeros(2)
     for batch in batches:
         gap = score(policy, batch, cfg.temperature).cpu() - batch.targets["logp"]
         total += torch.tensor([gap.sum(), gap.numel()])
-    total = sum(checkpoint.gather(total))
+    total = sum(evaluate.gather(total))
     return (total[0] / total[1]).item()
 
 
@@ -156,8 +156,7 @@ def update(policy, optimizer, batches, cfg, want_logp):
     for p in params:
         p.grad *= scale / sums[1].clamp(min=tiny)
     norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    result = {"loss": (sums[0] / sums[1].clamp(min=tiny)).item(), "grad_norm": norm.item()}
+    result = {"loss": (sums[0] / sums[1].clamp(min=tiny)).item(), "grad_norm": full_tensor(norm).item()}
     result["skipped"] = not all(map(math.isfinite, result.values()))  # the same on every rank
     if result["skipped"]:
         result["suspects"] = suspects(batches, losses)
@@ -172,11 +171,11 @@ def suspects(batches, losses):
 
     def prompts(rows):
         found = [batch.sequences(part) for batch, part in zip(batches, rows, strict=True)]
-        return sum(checkpoint.gather([tuple(ids[:start]) for part in found for ids, start in part]), [])
+        return sum(evaluate.gather([tuple(ids[:start]) for part in found for ids, start in part]), [])
 
-    return prompts(b.rows[~loss.isfinite()] for b, loss in zip(batches, losses, strict=True)) or prompts(
-        batch.rows for batch in batches
-    )
+    # the first is gathered, and so the same on all ranks: all of them go on to the second, or none
+    bad = prompts(batch.rows[~loss.isfinite()] for batch, loss in zip(batches, losses, strict=True))
+    return bad or prompts(batch.rows for batch in batches)
 
 
 def bad_in_a_row(updates, bad, names, cfg, say):
@@ -186,7 +185,7 @@ def bad_in_a_row(updates, bad, names, cfg, say):
         if bad:
             found = ", ".join(sorted({names[prompt] for prompt in result["suspects"]}))
             say(f"update skipped, {bad} in a row: its loss or gradient is not finite. Prompts: {found}")
-        if bad == cfg.max_bad_updates > 0:
+        if cfg.max_bad_updates and bad == cfg.max_bad_updates:
             checkpoint.stop(
                 f"{bad} updates in a row were not finite (--max_bad_updates); the checkpoints hold none of them"
             )
@@ -225,7 +224,7 @@ def main(cfg):
     start = checkpoint.restore(found, policy, optimizer, stream) if found else 0
     steps = checkpoint.Steps(start, cfg.steps)
     sampler = attempt(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, say)
-    sampler.stop = steps.asked
+    sampler.should_stop = steps.asked
     newline = data.newline_tokens(tokenizer, vocab)
     log = partial(attempt, attempt(metrics.make_logger, cfg, out, start))
     want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
@@ -235,12 +234,12 @@ def main(cfg):
         sampler.sync(full_weights(policy))
         row = {"step": step}
         for name, problems in held_out.items():
-            options = dict(k=cfg.k, seed=cfg.seed, template=cfg.template) | sampling(cfg)
+            options = dict(k=cfg.k, seed=cfg.seed, template=cfg.template) | sampling_options(cfg)
             scores, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
             prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
             jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
-            whole = dict(top_p=1.0, top_k=0)  # under a truncated distribution it would be no KL
-            rollouts = sample(sampler, jobs, rank, world, **sampling(cfg) | whole)
+            whole = dict(top_p=1.0, top_k=0)  # of a truncated distribution it would be no KL
+            rollouts = sample(sampler, jobs, rank, world, **sampling_options(cfg) | whole)
             sampler.sleep()
             batches = sum(data.make_batches(rollouts, cfg, 0, rank, world, newline, device), [])
             if not teach(teacher, batches, steps):
@@ -254,23 +253,23 @@ def main(cfg):
     def eval_is_due(step):
         return bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
 
-    if eval_is_due(start) and not checkpoint.gather(metrics.has_evaluation(out, start))[0]:
+    if eval_is_due(start) and not evaluate.gather(metrics.has_evaluation(out, start))[0]:
         run_eval(start)
 
     # ------------------------------------------------------------------------- the loop
     done, saved, bad = start, start if found else None, 0
     bar = tqdm(steps, initial=start, total=cfg.steps, disable=rank > 0, unit="step")
     for step in bar:
-        before, clock = stream.state, {"start": now(device)}
+        before, clock = stream.state, {"start": clock_now(device)}
         jobs, names = [], {}
         for problem, ids in (stream.next() for _ in range(cfg.prompts)):
             seeds = [rollout.seed_for(cfg.seed, step, problem.id, i) for i in range(cfg.group)]
             jobs += [(ids, seed) for seed in seeds]
             names[tuple(ids)] = problem.id
         sampler.sync(full_weights(policy))
-        rollouts = sample(sampler, jobs, rank, world, **sampling(cfg))
+        rollouts = sample(sampler, jobs, rank, world, **sampling_options(cfg))
         sampler.sleep()
-        clock["rollout"] = now(device)
+        clock["rollout"] = clock_now(device)
 
         kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
         minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
@@ -278,14 +277,15 @@ def main(cfg):
         if not teach(teacher, batches, steps):
             stream.restore(before)  # nothing is learnt from this batch: whoever resumes samples it again, the same
             break
-        clock["teacher"] = now(device)
+        clock["teacher"] = clock_now(device)
 
-        with torch.no_grad():  # the first minibatch's own first pass gives its old log-probs
-            for batch in (batch for m in minibatches[1:] for batch in m if want_logp):
-                batch.see(score(policy, batch, cfg.temperature))
-            # Samplers report temperature 1; old log-probs serve where they are of temperature 1 too.
-            check = batches[:1] if cfg.temperature != 1 or not want_logp else []
-            raw = [(batch, score(policy, batch, 1.0)) for batch in check]
+        with torch.no_grad():
+            if want_logp:  # the first minibatch's own first pass gives its old log-probs
+                for batch in sum(minibatches[1:], []):
+                    batch.keep_old(score(policy, batch, cfg.temperature))
+            # To compare with the sampler's, which are of temperature 1: one micro-batch where old log-probs are not.
+            checked = batches[:1] if cfg.temperature != 1 or not want_logp else []
+            checked = [(batch, score(policy, batch, 1.0)) for batch in checked]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         updates = []
@@ -293,12 +293,12 @@ def main(cfg):
             if epoch > 0:
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
             updates += [update(policy, optimizer, m, cfg, want_logp) for m in minibatches]
-        clock["update"] = now(device)
+        clock["update"] = clock_now(device)
         bad = bad_in_a_row(updates, bad, names, cfg, say)
 
-        raw = raw or [(batch, batch.old) for batch in batches if batch.old is not None]
+        checked = checked or [(batch, batch.old) for batch in batches if batch.old is not None]
         row = {"step": step + 1, "lr": learning_rate(cfg, step)}
-        row |= metrics.summary(cfg, policy, rollouts, batches, raw, updates, clock)
+        row |= metrics.summary(cfg, policy, rollouts, batches, checked, updates, clock)
         metrics.check_in_step(row, device)
         log(row)
         done = step + 1
@@ -331,7 +331,7 @@ def main(cfg):
         dist.destroy_process_group()
 
 
-def now(device):
+def clock_now(device):
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
