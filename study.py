@@ -101,7 +101,7 @@ def run(args):
     path = out / "study.jsonl"
     done = {line["cell"]: line for line in read(path)} if path.exists() else {}
     path.write_text("".join(json.dumps(line) + "\n" for line in done.values()))  # without a torn last line
-    todo = {name: flags for name, flags in cells(args).items() if name not in done}
+    todo = {name: flags for name, flags in cells(args).items() if name not in done and args.only in name}
     args.commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
@@ -186,6 +186,25 @@ def table(lines, metric, scale=100):
     return "\n".join(body)
 
 
+def certain(lines, metric):
+    """(intervals that exclude zero, all intervals) of a metric's table."""
+    found = [paired(lines, *pair, v, metric)[1:] for pair in PAIRS for v in [*MAIN[1:], *SWEEP]]
+    return sum(abs(mean) > half for mean, half in found), sum(not math.isnan(half) for _, half in found)
+
+
+def probe_table(lines):
+    """Markdown: what a block gate would do in the last epoch of the ungated runs that were probed (probe.look)."""
+    keys = dict(toward="|d| toward the teacher", cancelled="cancelling blocks")
+    keys |= {"block/ess": "ESS", "block/cos": "cosine", "block/norm": "norm"}
+    keys |= {"block/toward": "gate of d toward", "block/away": "gate of d away"}
+    body = ["| ungated run | " + " | ".join(keys.values()) + " |", "|---" * (1 + len(keys)) + "|"]
+    for name, line in lines.items():
+        if "epochs" in line:
+            last = line["epochs"][max(line["epochs"], key=int)]
+            body.append(f"| {name} | " + " | ".join(f"{last[key]:.2f}" for key in keys) + " |")
+    return "\n".join(body)
+
+
 def report(path, out):
     """Prints the tables, and writes effects.png and diagnostics.png into the folder `out`."""
     lines = {line["cell"]: line for line in read(path)}
@@ -198,6 +217,8 @@ def report(path, out):
     ):
         print(f"\n{title}: none ± its standard deviation over seeds, then differences from none [95 %] (seeds)\n")
         print(table(lines, metric, scale))
+        print("\n{} of {} intervals exclude zero; by chance 1 in 20 does".format(*certain(lines, metric)))
+    print(f"\nA block gate in the last epoch of a batch, on ungated runs (probe.py)\n\n{probe_table(lines)}")
     draw_effects(lines, out / "effects.png")
     draw_diagnostics(lines, out / "diagnostics.png")
     print(f"\n{out}/effects.png and {out}/diagnostics.png have the figures")
@@ -276,6 +297,7 @@ def main(argv=None):
     parser.add_argument(
         "--probes", type=int, default=1, help="seeds that are probed; one process only, so 0 for torchrun"
     )
+    parser.add_argument("--only", default="", help="cells whose name LOSS/REUSE/VARIANT/SEED holds this text")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--out", default="", help="default out/study/SIZE")
     parser.add_argument("--report", default="", help="only report this study.jsonl, figures beside it")

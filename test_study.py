@@ -28,8 +28,9 @@ def test_differences_are_paired_by_seed_with_students_interval():
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
     table = study.table(lines(none | block), "mean@")
     assert "45.0 ± 34.2 (4)" in table and "+20.0 [-4.8, 44.8] (3)" in table
-    certain = {f"lsm/heavy/span/{i}": none[f"lsm/heavy/none/{i}"] + 0.1 + 0.001 * i for i in range(3)}
-    assert "**+10.1 [9.9, 10.3]** (3)" in study.table(lines(none | certain), "mean@")
+    sure = {f"lsm/heavy/span/{i}": none[f"lsm/heavy/none/{i}"] + 0.1 + 0.001 * i for i in range(3)}
+    assert "**+10.1 [9.9, 10.3]** (3)" in study.table(lines(none | sure), "mean@")
+    assert study.certain(lines(none | block | sure), "mean@") == (1, 2)
 
 
 def test_cells_of_one_seed_differ_in_the_gate_alone():
@@ -63,3 +64,6 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     study.main([*argv, "--out", str(tmp_path / "a")])
     again = study.read(path)
     assert again[:2] == [tau, cell] and len(again) == 3 and again[2]["end"] == probe["end"]  # one cell was run again
+    assert study.probe_table({"probe": probe}).count("\n") == 2
+    study.main([*argv, "--only", "probe", "--seeds", "9", "--out", str(tmp_path / "a")])
+    assert len(study.read(path)) == 3  # the probe is there, and nothing else is wanted
