@@ -30,6 +30,7 @@ from report import sync, write
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving from one process is what we mean
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+FILE_BYTES = 2 << 30  # of a rank's tensors in one file; a file is copied to the host as a whole, and freed once written
 
 
 def latest(out: Path):
@@ -91,12 +92,21 @@ def tensors(policy, model, optim):
     return {f"model.{name}": x for name, x in model.items() if name not in tied} | optim
 
 
+def files(state):
+    """{tensor's name: number of its file, from 1}."""
+    found, total = {}, 0
+    for name, x in state.items():
+        found[name] = 1 + total // FILE_BYTES
+        total += (x.to_local() if hasattr(x, "to_local") else x).nbytes
+    return found
+
+
 def save(out, step, policy, optimizer, stream, cfg):
     """safetensors sharded over the ranks, loadable on any number of them; renamed once complete and on the disk."""
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
     rng, state = gather(rng_state()), tensors(policy, *state_dicts(policy, optimizer))
     try:
-        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp), save_distributed=True))
+        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp), files(state), save_distributed=True))
     except CheckpointException as failed:
         shutil.rmtree(tmp, ignore_errors=True)
         reasons = [root_cause(error) for error, _ in failed.failures.values()]

@@ -51,12 +51,23 @@ def stops_of(path, tokenizer) -> list[int]:
 
 
 def stop_ids(tokenizer, generation_config=None) -> list[int]:
-    """EOS ids of both together: a base model's generation config often lacks its chat template's end of turn."""
-    found = set()
+    """EOS ids of both, and the end of turn of the chat template, which a base model's files often name nowhere else."""
+    found = turn_ends(tokenizer)
     for owner in (tokenizer, generation_config):
         ids = getattr(owner, "eos_token_id", None)
         found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
     return sorted(found)
+
+
+def turn_ends(tokenizer):
+    """The first special token that the chat template puts behind an answer, as a set; empty where there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
+    _, answer, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if answer else []
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return set([i for i in ids if i in special][:1])
 
 
 # -----------------------------------------------------------------------------
@@ -208,6 +219,7 @@ class VLLMSampler:
         options |= dict(kv_cache_memory_bytes=CPU_KV_CACHE)
         if self.cuda:
             options = dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
+            options |= dict(hf_overrides={"head_dtype": "float32"})  # logits that are not rounded, as the trainer's
         if world > 1:
             # Uses the trainer's process group, and the device of LOCAL_RANK; vLLM's default is device 0 on all ranks.
             options |= dict(distributed_executor_backend="external_launcher")
@@ -223,6 +235,8 @@ class VLLMSampler:
         self.llm.llm_engine.engine_core._finalizer.detach()
         config = self.llm.llm_engine.model_config
         padding = range(vocab, config.get_vocab_size())
+        if self.cuda and len(padding) > 1024:
+            raise ValueError(f"the embedding has {len(padding)} rows beyond the vocabulary; vLLM 0.32 can ban 1024")
         self.dtype, self.banned = config.dtype, dict.fromkeys(padding, -100.0)
 
     def sync(self, weights):

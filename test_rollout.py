@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
+import toy
 from rollout import HFSampler, Rollout, choose, make_sampler, seed_for, stop_ids
 
 V, PAD, STOPS = 32, 0, [1, 2]
@@ -62,6 +63,18 @@ def test_stop_ids_are_the_union_of_both():
     assert stop_ids(ids(5), ids([7, 3])) == [3, 5, 7]
     assert stop_ids(ids(5), ids(5)) == stop_ids(ids(5)) == stop_ids(ids(None), ids(5)) == [5]
     assert stop_ids(ids(None), ids(None)) == []
+
+
+def test_the_chat_templates_end_of_turn_is_a_stop():
+    """Qwen's base models name <|endoftext|> alone, and end their turns with <|im_end|>."""
+    tokenizer = toy.tokenizer()
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    turn = "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    assert stop_ids(tokenizer) == sorted([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert stop_ids(tokenizer) == [tokenizer.eos_token_id]
 
 
 def test_a_rollout_depends_on_its_seed_and_prompt_alone(model):

@@ -29,6 +29,7 @@ from configs import TrainConfig, parse
 from test_train import far, finished, flags, launch, metrics, start
 
 pair = test_train.pair  # random teacher and student
+checkpoint.FILE_BYTES = 50_000  # several files a checkpoint
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
 
 
@@ -55,6 +56,7 @@ def test_checkpoint_holds_nothing_that_runs_code(straight):
     """Tensors in safetensors, numbers in JSON, and random states that torch.load(weights_only=True) takes."""
     names = {path.name for path in (straight / "step-5").iterdir()}
     assert {Path(name).suffix for name in names - {"rng.pt"}} == {".safetensors", ".json"} and "rng.pt" in names
+    assert len(names) > 4  # more than one file of tensors
 
 
 def cut_back(straight, out, step):

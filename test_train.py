@@ -25,6 +25,7 @@ import toy
 import train
 from configs import TrainConfig, command, parse
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the digit, and forked; test_vllm.py, run alone, takes a GPU
 HERE = Path(__file__).parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 fork = multiprocessing.get_context("fork")

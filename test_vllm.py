@@ -25,6 +25,8 @@ from teacher import ServerTeacher
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (requirements-vllm.txt)", allow_module_level=True)
+if not vllm_device():
+    pytest.skip("the installed vLLM finds no device", allow_module_level=True)
 
 HERE = Path(__file__).parent
 V, ROWS, STOPS, MAX_LEN = 40, 48, [1, 2], 512  # the last 8 of the embedding's rows only pad

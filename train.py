@@ -326,7 +326,7 @@ def main(cfg):
         if rank == 0:
             plot.draw(out)
             say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
-    if world > 1:
+    if dist.is_initialized():  # vLLM makes a group of one process too
         dist.barrier()  # a rank that leaves while a gloo thread still cleans up can abort
         dist.destroy_process_group()
 
