@@ -250,8 +250,9 @@ def rows(out):
 def test_a_run_with_vllm_reaches_what_the_hf_sampler_reaches(tmp_path):
     """In step with the trainer after every sync, and the gates see drift."""
     ends = {}
-    for kind in ("vllm", "hf"):
-        job = train(tmp_path / kind, rollout=kind, steps=25, eval_every=25, save_every=0, eval_problems=64)
+    options = dict(steps=25, eval_every=25, save_every=0, eval_problems=64)
+    jobs = {kind: train(tmp_path / kind, rollout=kind, **options) for kind in ("vllm", "hf")}
+    for kind, job in jobs.items():
         said, _ = job.communicate(timeout=600)
         assert job.returncode == 0, said[-3000:]
         start, *steps, end = rows(tmp_path / kind)
@@ -293,9 +294,9 @@ def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_d
     process, url = served
     small = dict(prompts=2, group=2, eval_every=0, save_every=0, rollout="hf")
     for loss in ("opd", "lsm"):
-        found = {}
-        for name, where in (("local", {}), ("server", {"teacher_url": url})):
-            job = train(tmp_path / loss / name, loss=loss, steps=3, **small | where)
+        found, teachers = {}, {"local": {}, "server": {"teacher_url": url}}
+        jobs = {name: train(tmp_path / loss / name, loss=loss, steps=3, **small | teachers[name]) for name in teachers}
+        for name, job in jobs.items():
             said, _ = job.communicate(timeout=300)
             assert job.returncode == 0, said[-3000:]
             found[name] = [(row["loss"], row["gap"], row["rollout/checksum"]) for row in rows(tmp_path / loss / name)]
