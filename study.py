@@ -279,7 +279,7 @@ def draw_diagnostics(lines, path):
         row[4].plot(at, series["cancelled"], label="positions in cancelling blocks")
         row[4].plot(at, series["toward"], label="share of |d| toward the teacher")
         row[4].set(title="cancellation and direction", xlabel="epoch", ylim=(0, 1))
-        row[5].set(title="gradient to ungated: cosine, norm (--)", xlabel="epoch")
+        row[5].set(title="gradient: cosine, norm (--)", xlabel="epoch")
         for ax in row[2:]:
             if ax.lines:
                 ax.legend(fontsize=8)
