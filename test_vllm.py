@@ -250,7 +250,7 @@ def rows(out):
 def test_a_run_with_vllm_reaches_what_the_hf_sampler_reaches(tmp_path):
     """In step with the trainer after every sync, and the gates see drift."""
     ends = {}
-    options = dict(steps=25, eval_every=25, save_every=0, eval_problems=64)
+    options = dict(steps=25, eval_every=25, save_every=0, eval_problems=32)
     jobs = {kind: train(tmp_path / kind, rollout=kind, **options) for kind in ("vllm", "hf")}
     for kind, job in jobs.items():
         said, _ = job.communicate(timeout=600)
