@@ -124,25 +124,41 @@ def head_logits(
 
 @torch.no_grad()
 def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, block=None):
-    """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J]."""
-    vocab, block = vocab or weight.shape[0], block or _default_block(hidden, cpu=25)
-    N, rows = hidden.shape[0], max(min(1024, block), block // vocab)
-    top = hidden.new_zeros(N, k, dtype=torch.long)
-    logq = hidden.new_full((N, k), -math.inf, dtype=torch.float32)
-    lse = hidden.new_full((N,), -math.inf, dtype=torch.float64)
-    buffer = hidden.new_empty(min(block, N * vocab), dtype=torch.float32)
-    for i in range(0, N, rows):
-        r = slice(i, i + rows)
-        for v, logits in _blocks(hidden[r], weight, bias, temperature, vocab, block, buffer):
-            value, index = _topk(logits, min(k, logits.shape[1]))
-            value, index = torch.cat([logq[r], value], 1), torch.cat([top[r], index + v.start], 1)
-            logq[r], best = value.topk(k, dim=1)
-            top[r] = index.gather(1, best)
-            lse[r] = torch.logaddexp(lse[r], _log_softmax_(logits))
-    lse = lse.float()[:, None]
+    """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J].
+
+    Memory beyond the result is about one block, whatever N: some positions' logits over the whole vocabulary.
+    """
+    vocab, block = vocab or weight.shape[0], block or 3 * _default_block(hidden, cpu=24, cuda=26)
+    group = 16 if vocab >= 32 * k else 1
+    tile = vocab if hidden.is_cuda else min(vocab, 1024)  # on a CPU the passes over it stay in the cache
+    width = group * math.ceil(tile / group)
+    count = math.ceil(vocab / width)
+    rows = max(1, min(len(hidden), block // (count * width)))
+    tiles = hidden.new_empty(count, rows, width, dtype=torch.float32)
+    tiles[-1, :, vocab - (count - 1) * width :] = -math.inf  # beyond the vocabulary
+    parts = [_topk(h, weight, k, bias, temperature, vocab, tiles[:, : len(h)], group) for h in hidden.split(rows)]
+    top, logq, lse = (torch.cat(x) for x in zip(*parts, strict=True))
     if ids is None:
-        return top, logq - lse
-    return top, logq - lse, _rows_logits(hidden, weight, bias, ids, temperature, block) - lse
+        return top, logq
+    return top, logq, _rows_logits(hidden, weight, bias, ids, temperature, block) - lse
+
+
+def _topk(hidden, weight, k, bias, temperature, vocab, tiles, group):
+    """(ids [N, k], logq [N, k], lse [N, 1]). The k largest lie in the k groups of logits with the largest maxima."""
+    count, N, width = tiles.shape
+    size, part, maxima = width // group, [], []  # size: groups in a tile
+    for tile, start in zip(tiles, range(0, vocab, width), strict=True):
+        v = slice(start, min(start + width, vocab))
+        _logits_(tile[:, : v.stop - start], hidden, weight, bias, v, temperature)
+        part.append(_log_softmax_(tile)[:, None])
+        maxima.append(tile.view(N, group, size).amax(1) + part[-1].float())
+    part, best = torch.cat(part, 1), torch.cat(maxima, 1).topk(k).indices[:, None]
+    member, row = (torch.arange(n, device=best.device)[:, None] for n in (group, N))
+    ids = (best // size * width + best % size + size * member).flatten(1)
+    j = ids // width
+    value, at = (tiles[j, row, ids % width] + part.gather(1, j)).topk(k)
+    lse = part.logsumexp(1, keepdim=True)
+    return ids.gather(1, at), (value - lse).float(), lse.float()
 
 
 def head_kl(
@@ -279,12 +295,17 @@ def _blocks(hidden, weight, bias, temperature, vocab, block=None, buffer=None):
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))
         out = buffer[: N * (v.stop - v.start)].view(N, v.stop - v.start)
-        tile = width if hidden.is_cuda else 1024  # a CPU multiplies few rows faster by pieces of the weight
-        for piece, part in zip(weight[v].split(tile), out.split(tile, 1), strict=True):
-            _mm(hidden, piece.T, part)
-        if bias is not None:
-            out += bias[v]
-        yield v, out if temperature == 1 else out.div_(temperature)
+        yield v, _logits_(out, hidden, weight, bias, v, temperature)
+
+
+def _logits_(out, hidden, weight, bias, v, temperature):
+    """out [N, |v|] becomes the logits / temperature of v, a slice of the vocabulary."""
+    tile = out.shape[1] if out.is_cuda else 1024  # a CPU multiplies few rows faster by pieces of the weight
+    for piece, part in zip(weight[v].split(tile), out.split(tile, 1), strict=True):
+        _mm(hidden, piece.T, part)
+    if bias is not None:
+        out += bias[v]
+    return out if temperature == 1 else out.div_(temperature)
 
 
 def _log_softmax_(x: Tensor) -> Tensor:
@@ -292,19 +313,6 @@ def _log_softmax_(x: Tensor) -> Tensor:
     some = x[:, :16].double()  # what the pass takes off; a mean, because each result is rounded
     torch.log_softmax(x, 1, out=x)
     return (some - x[:, :16]).nanmean(1)  # nan where a bias of -inf bans a token
-
-
-def _topk(x: Tensor, k: int, group: int = 16):
-    """x.topk(k, dim=1), in two stages: the k largest lie in the k groups with the largest maxima."""
-    W = x.shape[1] // group
-    if W < 2 * k:
-        return x.topk(k, dim=1)
-    best = x[:, : W * group].view(-1, group, W).amax(1).topk(k, dim=1).indices
-    ids = (best[:, None] + W * torch.arange(group, device=x.device)[:, None]).flatten(1)
-    rest = torch.arange(W * group, x.shape[1], device=x.device).expand(len(x), -1)
-    ids = torch.cat([ids, rest], 1)
-    value, at = x.gather(1, ids).topk(k, dim=1)
-    return value, ids.gather(1, at)
 
 
 def _zeros(weight, bias):
