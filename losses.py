@@ -134,13 +134,12 @@ def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, v
     width = group * math.ceil(tile / group)
     count = math.ceil(vocab / width)
     rows = max(1, min(len(hidden), block // (count * width)))
+    z = None if ids is None else _rows_logits(hidden, weight, bias, ids, temperature, block)
     tiles = hidden.new_empty(count, rows, width, dtype=torch.float32)
     tiles[-1, :, vocab - (count - 1) * width :] = -math.inf  # beyond the vocabulary
     parts = [_topk(h, weight, k, bias, temperature, vocab, tiles[:, : len(h)], group) for h in hidden.split(rows)]
     top, logq, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    if ids is None:
-        return top, logq
-    return top, logq, _rows_logits(hidden, weight, bias, ids, temperature, block) - lse
+    return (top, logq) if z is None else (top, logq, z - lse)
 
 
 def _topk(hidden, weight, k, bias, temperature, vocab, tiles, group):

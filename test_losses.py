@@ -155,21 +155,20 @@ def test_full_vocabulary_divergences_agree_with_float64(beta, temperature, block
     assert ours < 1e-6 + low
 
 
-@pytest.mark.parametrize("k", [1, 7, 90, 193])
-@pytest.mark.parametrize("size, block", [(V, 3 * V), (V, None), (2500, 10**5)])
-def test_topk_agrees_with_log_softmax(size, block, k):
+@pytest.mark.parametrize("size, block, ks", [(V, 3 * V, (1, 7, V - 10)), (V, None, (7,)), (2500, 10**5, (1, 7, 90))])
+def test_topk_agrees_with_log_softmax(size, block, ks):
     """With one tile of the vocabulary or several, the last one narrower; k up to all of it."""
     hidden, _, _, ids = make()
     g = torch.Generator().manual_seed(1)
     weight, bias, vocab = torch.randn(size, H, generator=g), torch.randn(size, generator=g), size - 10
     bias[3] = -math.inf
     logp = ((hidden @ weight.T + bias)[:, :vocab] / 0.8).log_softmax(1)
-    expected = logp.topk(k)
-    top, logq, at_ids = head_topk(hidden, weight, k, bias, ids=ids, temperature=0.8, vocab=vocab, block=block)
-    torch.testing.assert_close(logq, expected.values)
-    torch.testing.assert_close(logp.gather(1, top), expected.values)  # the same ids, but for ties in fp32
-    assert top.sort(1).values.diff(dim=1).gt(0).all() and top.max() < vocab and not logq.requires_grad
-    torch.testing.assert_close(at_ids, logp.gather(1, ids))
+    for k in ks:
+        expected = logp.topk(k)
+        top, logq, at_ids = head_topk(hidden, weight, k, bias, ids=ids, temperature=0.8, vocab=vocab, block=block)
+        torch.testing.assert_close(logq, expected.values)
+        assert torch.equal(top, expected.indices) and not logq.requires_grad
+        torch.testing.assert_close(at_ids, logp.gather(1, ids))
 
 
 def test_no_positions_is_no_error():
