@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 import data
 import gating
 import losses
-import test_train
+import testing
 import toy
 import train
 from configs import TrainConfig, parse
-from test_train import flags
+from testing import flags
 
-pair = test_train.pair  # random teacher and student
+pair = testing.pair  # random teacher and student
 EXAMPLES = int(os.environ.get("EXAMPLES", 40))
 
 # -----------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import math
 import pytest
 
 import study
-import test_train
+import testing
 
-pair = test_train.pair  # random teacher and student
+pair = testing.pair  # random teacher and student
 
 
 def lines(values):

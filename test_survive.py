@@ -22,13 +22,13 @@ from safetensors.torch import load_file
 
 import checkpoint
 import rollout
-import test_train
+import testing
 import toy
 import train
 from configs import TrainConfig, parse
-from test_train import far, finished, flags, launch, metrics, start
+from testing import far, finished, flags, launch, metrics, start
 
-pair = test_train.pair  # random teacher and student
+pair = testing.pair  # random teacher and student
 checkpoint.FILE_BYTES = 50_000  # several files a checkpoint
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
 
@@ -155,7 +155,7 @@ def test_killed_rank_ends_the_run_with_a_message(pair, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     command += flags(pair, tmp_path / "a", **OPTIONS | dict(steps=999, eval_every=0))
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=test_train.HERE, env=test_train.ENV, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=testing.HERE, env=testing.ENV, stdout=log, stderr=log)
     while not (tmp_path / "a" / "metrics.jsonl").exists() or len(metrics(tmp_path / "a")) < 2:
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -221,7 +221,7 @@ def broken_from(monkeypatch, first, last):
 
 def test_update_that_is_not_finite_is_skipped_counted_and_named(pair, tmp_path, monkeypatch, capsys):
     broken_from(monkeypatch, 2, 2)
-    rows, weights = test_train.run(pair, tmp_path / "a", minibatches=1, micro_tokens=10**6)
+    rows, weights = testing.run(pair, tmp_path / "a", minibatches=1, micro_tokens=10**6)
     assert [row["skipped"] for row in rows] == [1, 0] and all(x.isfinite().all() for x in weights.values())
     assert "update skipped, 1 in a row" in (text := capsys.readouterr().out) and "Prompts: toy-" in text
 
@@ -239,15 +239,15 @@ def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monk
 def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, monkeypatch):
     """Empty ones, and truncated ones with --drop_truncated, do not train: alone, they update nothing. Equal ones do."""
     before = load_file(Path(pair[1]) / "model.safetensors")
-    rows, weights = test_train.run(pair, tmp_path / "a", max_response=1, drop_truncated=True)
+    rows, weights = testing.run(pair, tmp_path / "a", max_response=1, drop_truncated=True)
     assert far(weights, before) == 0 and all(row["rollout/truncated"] == 1 and "loss" not in row for row in rows)
-    assert far(test_train.run(pair, tmp_path / "b", max_response=1)[1], before) > 0
+    assert far(testing.run(pair, tmp_path / "b", max_response=1)[1], before) > 0
     monkeypatch.setattr(rollout, "seed_for", lambda *_: 1)
-    rows, weights = test_train.run(pair, tmp_path / "c")
+    rows, weights = testing.run(pair, tmp_path / "c")
     assert rows[0]["rollout/distinct"] == 0.5 and far(weights, before) > 0
     empty = [rollout.Rollout([1, 5], [], [], "stop")] * 6
     monkeypatch.setattr(rollout.HFSampler, "sample", lambda *_, **__: empty)
-    rows, weights = test_train.run(pair, tmp_path / "d")
+    rows, weights = testing.run(pair, tmp_path / "d")
     assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0
 
 

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import checkpoint
 import policy
 import teacher
-import test_train
+import testing
 import train
 from configs import TrainConfig, parse
-from test_train import far, flags
+from testing import far, flags
 
-pair = test_train.pair  # random teacher and student
-scene = test_train.scene
+pair = testing.pair  # random teacher and student
+scene = testing.scene
 
 
 class Server(ThreadingHTTPServer):
@@ -99,8 +99,8 @@ def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, lo
 
 def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
     for loss in ("opd", "lsm"):
-        _, local = test_train.run(pair, tmp_path / f"{loss}a", loss=loss)
-        _, remote = test_train.run(
+        _, local = testing.run(pair, tmp_path / f"{loss}a", loss=loss)
+        _, remote = testing.run(
             (tmp_path / "nowhere", pair[1]), tmp_path / f"{loss}b", loss=loss, teacher_url=server.url
         )
         assert far(remote, local) < 1e-4
@@ -142,13 +142,13 @@ def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, serve
     """Nothing is lost: the steps before are saved, though no checkpoint was due."""
     monkeypatch.setattr(teacher, "RETRIES", 1)
     options = dict(loss="lsm", steps=4, teacher_url=server.url)
-    _, straight = test_train.run(pair, tmp_path / "a", **options)
+    _, straight = testing.run(pair, tmp_path / "a", **options)
     server.dies_after = server.asked + 3 + 2 * 6  # the three checks, and two steps of six rollouts
     with pytest.raises(SystemExit, match="--teacher_url: no answer"):
-        test_train.run(pair, tmp_path / "b", **options)
+        testing.run(pair, tmp_path / "b", **options)
     assert checkpoint.latest(tmp_path / "b").name == "step-2"
     server.dies_after = 10**9
-    _, resumed = test_train.run(pair, tmp_path / "b", **options, resume=True)
+    _, resumed = testing.run(pair, tmp_path / "b", **options, resume=True)
     assert far(resumed, straight) == 0
 
 
