@@ -1,170 +1,156 @@
-"""What a run leaves on disk besides its metrics, and how it ends.
+"""What a run leaves on disk besides its metrics, and how a signal stops it.
 
-out/RUN/{config.json, step-N/ (checkpoints), final/ (the student)}
+OUT/config.json, OUT/step-N/ (checkpoints), OUT/final/ (the student)
 """
 
-import functools
 import json
-import random
 import shutil
 import signal
-import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-import evaluate
-from configs import MAY_CHANGE
-from evaluate import gather
+from common import fsync, gather, one_line, rank, rng_state, set_rng_state, versions, world_size, write_file
+from configs import may_change
 from policy import full_weights
-from report import sync, write
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # saving from one process is what we mean
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-FILE_BYTES = 2 << 30  # of a rank's tensors in one file; a file is copied to the host as a whole, and freed once written
+FILE_BYTES = 2 << 30  # of a rank's tensors in one file: a file is copied to host memory as a whole, then written
+
+# -----------------------------------------------------------------------------
+# the run's folder
 
 
-def latest(out: Path):
-    """The newest complete checkpoint folder, or None: a partial one still has its temporary name."""
-    return max(complete(out), key=number, default=None)
+def complete(out: Path) -> list[Path]:
+    """Checkpoint folders, oldest first. An unfinished one still has its temporary name."""
+    folders = [path for path in out.glob("step-*") if path.suffix != ".tmp" and (path / "state.json").exists()]
+    return sorted(folders, key=number)
 
 
-def complete(out):
-    return [p for p in out.glob("step-*") if p.suffix != ".tmp" and (p / "state.json").exists()]
+def latest(out: Path) -> Path | None:
+    return next(reversed(complete(out)), None)
 
 
-def number(folder):
+def number(folder: Path) -> int:
     return int(folder.name.split("-")[1])
 
 
-def to_resume(cfg):
-    """The checkpoint that this run goes on from, None where it starts. ValueError where --out is another run's."""
-    out, found = Path(cfg.out), None
-    held = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
-    if cfg.resume != "false":
-        found = latest(out)
-        if cfg.resume == "true" and not found:
-            raise ValueError(f"--resume: {out} holds no complete checkpoint")
-        for name, new in asdict(cfg).items():
-            if name not in MAY_CHANGE and held.get(name, new) != new:
-                raise ValueError(f"--resume: {out} was run with --{name} {held[name]!r}, not {new!r}")
-    elif held and not cfg.overwrite:
-        choice = "--resume goes on with it, --overwrite deletes it, --out names another"
-        raise ValueError(f"{out} already holds a run: {choice}")
-    return found
+def find(cfg) -> Path | None:
+    """The checkpoint that this run goes on from; None if it starts. ValueError if --out holds another run."""
+    out = Path(cfg.out)
+    config = out / "config.json"
+    saved = json.loads(config.read_text()) if config.exists() else {}
+    if cfg.resume == "false":
+        if saved and not cfg.overwrite:
+            raise ValueError(
+                f"{out} already holds a run: --resume goes on with it, --overwrite deletes it, --out names another folder"
+            )
+        return None
+    newest = latest(out)
+    if cfg.resume == "true" and not newest:
+        raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    for name, new in asdict(cfg).items():
+        old = saved.get(name, new)
+        if old != new and not may_change(name):
+            raise ValueError(f"--resume: {out} was run with --{name} {old!r}, not {new!r}")
+    return newest
 
 
 def claim(cfg):
-    """Makes --out this run's, on rank 0. OSError where it cannot be written to."""
+    """Makes --out this run's, on rank 0. OSError if it cannot be written to."""
     out = Path(cfg.out)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank() > 0:
         return
     if cfg.overwrite and (out / "config.json").exists():  # nothing but a run is ever deleted
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    for left in out.glob("*.tmp"):  # by a kill
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
-    write(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    for leftover in out.glob("*.tmp"):  # of a run that was killed
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    write_file(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+
+
+# -----------------------------------------------------------------------------
+# checkpoints
 
 
 def state_dicts(policy, optimizer):
-    """(model, optimizer). torch makes the state of a fresh optimizer by an update of nothing, which must not count."""
-    fresh = not optimizer.state
-    found = get_state_dict(policy, optimizer, options=FLAT)
-    for state in optimizer.state.values() if fresh else ():
-        state["step"].zero_()
-    return found
+    """(model's, optimizer's) state dicts, sharded as they are."""
+    is_fresh = not optimizer.state
+    model, optim = get_state_dict(policy, optimizer, options=FLAT)
+    if is_fresh:  # get_state_dict has initialised AdamW with a dummy step, which must not count
+        for state in optimizer.state.values():
+            state["step"].zero_()
+    return model, optim
 
 
-def tensors(policy, model, optim):
-    """What a checkpoint holds of get_state_dict's two: tied weights once, the optimizer's other values not at all."""
+def checkpoint_tensors(policy, model, optim):
+    """{name: tensor} that a checkpoint holds: tied weights once, and of the optimizer only tensors."""
     tied = {f"lm.{name}" for name in policy.lm.all_tied_weights_keys}
-    optim = {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
-    return {f"model.{name}": x for name, x in model.items() if name not in tied} | optim
+    tensors = {f"model.{name}": x for name, x in model.items() if name not in tied}
+    return tensors | {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
 
 
-def files(state):
-    """{tensor's name: number of its file, from 1}."""
-    found, total = {}, 0
-    for name, x in state.items():
-        found[name] = 1 + total // FILE_BYTES
+def assign_files(tensors):
+    """{tensor's name: number of its file, from 1}, about FILE_BYTES in each."""
+    files, total = {}, 0
+    for name, x in tensors.items():
+        files[name] = 1 + total // FILE_BYTES
         total += (x.to_local() if hasattr(x, "to_local") else x).nbytes
-    return found
+    return files
 
 
-def save(out, step, policy, optimizer, stream, cfg):
-    """safetensors sharded over the ranks, loadable on any number of them; renamed once complete and on the disk."""
+def save(out, step, policy, optimizer, cfg):
+    """Writes OUT/step-N: safetensors sharded over the ranks, which any number of ranks can load.
+
+    It gets its name when all of it is on the disk. Older ones than the newest cfg.keep are deleted then.
+    """
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
-    rng, state = gather(rng_state()), tensors(policy, *state_dicts(policy, optimizer))
+    rng_states = gather(rng_state())
+    tensors = checkpoint_tensors(policy, *state_dicts(policy, optimizer))
+    writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
     try:
-        dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp), files(state), save_distributed=True))
+        dcp.save(tensors, storage_writer=writer)
     except CheckpointException as failed:
         shutil.rmtree(tmp, ignore_errors=True)
-        reasons = [root_cause(error) for error, _ in failed.failures.values()]
-        raise OSError(f"could not save {final}: {reasons[0]}; the checkpoints before it are whole") from None
-    if dist.is_initialized() and dist.get_rank() > 0:
+        reason = root_cause([error for error, _ in failed.failures.values()][0])
+        raise OSError(f"could not save {final}: {reason}; the checkpoints before it are whole") from None
+    if rank() > 0:
         return
-    torch.save(rng, tmp / "rng.pt")
-    state = {"step": step} | stream.state
-    write(tmp / "state.json", json.dumps(state | {"config": asdict(cfg), "versions": versions()}, indent=1))
-    for path in (tmp / "rng.pt", tmp):
-        sync(path)
+    torch.save(rng_states, tmp / "rng.pt")
+    state = {"step": step, "config": asdict(cfg), "versions": versions()}
+    write_file(tmp / "state.json", json.dumps(state, indent=1))
+    fsync(tmp / "rng.pt")
+    fsync(tmp)
     shutil.rmtree(final, ignore_errors=True)
     tmp.rename(final)
-    sync(out)
-    for old in sorted(complete(out), key=number)[: -cfg.keep]:
-        shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # never half a checkpoint under a checkpoint's name
+    fsync(out)
+    for old in complete(out)[: -cfg.keep]:
+        shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # so that half a checkpoint never bears a checkpoint's name
 
 
 def root_cause(error):
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
-def restore(folder, policy, optimizer, stream):
-    """Loads a checkpoint in place and returns its step. Another number of ranks keeps the random states of its seed."""
+def restore(folder, policy, optimizer):
+    """Loads a checkpoint in place. On another number of ranks, the random states stay those of the seed."""
     model, optim = state_dicts(policy, optimizer)
-    dcp.load(tensors(policy, model, optim), storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
+    reader = HuggingFaceStorageReader(str(folder))
+    dcp.load(checkpoint_tensors(policy, model, optim), storage_reader=reader)  # into the tensors of model and optim
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
-    rng = torch.load(folder / "rng.pt", weights_only=True)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(rng) == world:
-        set_rng_state(rng[rank])
-    state = json.loads((folder / "state.json").read_text())
-    stream.restore(state)
-    return state["step"]
-
-
-def rng_state():
-    """Of every generator of this process, in types that torch.load(weights_only=True) takes."""
-    kind, keys, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
-        "python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(), "cuda": cuda
-    }  # fmt: skip
-
-
-def set_rng_state(state):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-@functools.cache
-def versions():
-    return evaluate.versions()
+    rng_states = torch.load(folder / "rng.pt", weights_only=True)
+    if len(rng_states) == world_size():
+        set_rng_state(rng_states[rank()])
 
 
 def save_model(path, policy, tokenizer):
@@ -172,74 +158,56 @@ def save_model(path, policy, tokenizer):
     lm, config = policy.lm, policy.lm.generation_config
     tied = lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
     weights = {name: w.to(policy.dtype).cpu() for name, w in full_weights(policy) if name not in tied}
+    if rank() > 0:
+        return
     if not config.do_sample and (config.temperature or config.top_p or config.top_k):
-        config.do_sample = True  # as some hub models come; transformers refuses to save them otherwise
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tmp = path.with_name(path.name + ".tmp")
+        config.do_sample = True  # some hub models come like this, and transformers refuses to save them
+    tmp = path.with_name(path.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        lm.save_pretrained(tmp, state_dict=weights)
+        written = json.loads((tmp / "config.json").read_text())
+        written["dtype"] = str(policy.dtype).removeprefix("torch.")  # not that of the master weights
+        write_file(tmp / "config.json", json.dumps(written, indent=2) + "\n")
+        tokenizer.save_pretrained(tmp)
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        try:
-            lm.save_pretrained(tmp, state_dict=weights)
-            written = json.loads((tmp / "config.json").read_text())
-            written["dtype"] = str(policy.dtype).removeprefix("torch.")  # not that of the master weights
-            write(tmp / "config.json", json.dumps(written, indent=2) + "\n")
-            tokenizer.save_pretrained(tmp)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(tmp, ignore_errors=True)
-            raise OSError(f"could not save {path}: {error}") from None
-        for file in tmp.iterdir():
-            sync(file)
-        shutil.rmtree(path, ignore_errors=True)
-        tmp.rename(path)
-        sync(path.parent)
+        raise OSError(f"could not save {path}: {error}") from None
+    for file in tmp.iterdir():
+        fsync(file)
+    shutil.rmtree(path, ignore_errors=True)
+    tmp.rename(path)
+    fsync(path.parent)
 
 
-class Steps:
-    """The numbers of a run's steps, until SIGTERM, Ctrl-C or `stop` on any rank: then the one under way is the last.
+# -----------------------------------------------------------------------------
+# signals
 
-    From the first step until `release`, signals do no more than that.
-    """
 
-    def __init__(self, start, end):
-        self.start, self.end, self.why, self.handlers = start, end, "", {}
+class StopSignal:
+    """From listen() to release(), SIGTERM and Ctrl-C only ask the run to stop, at the next place where it can."""
 
-    def __iter__(self):
+    def __init__(self):
+        self.reason = ""  # the signal's name, once there was one
+        self.previous_handlers = {}
+
+    def listen(self):
         for s in (signal.SIGTERM, signal.SIGINT):
-            self.handlers[s] = signal.signal(s, lambda s, _: self.stop(signal.Signals(s).name))
-        for step in range(self.start, self.end):
-            if self.stopped():
-                return
-            yield step
+            self.previous_handlers[s] = signal.signal(s, self.handle)
+
+    def handle(self, signum, frame):
+        self.reason = self.reason or signal.Signals(signum).name
 
     def release(self):
-        for s, handler in self.handlers.items():
+        for s, handler in self.previous_handlers.items():
             signal.signal(s, handler)
 
-    def stop(self, why):
-        self.why = self.why or why
+    def requested_here(self) -> bool:
+        """On this rank. Samplers ask it at every token, and return what they have once it is True."""
+        return bool(self.reason)
 
-    def asked(self):
-        """Whether this rank was asked to stop; samplers call it for every token, and then return at once."""
-        return bool(self.why)
-
-    def stopped(self):
-        """Whether any rank was, and then all of them; a collective."""
-        why = max(gather(self.why))
-        self.why = self.why or why  # a signal may have come meanwhile; the next call tells the others
-        return bool(why)
-
-
-def attempt(task, *args, **kwargs):
-    """task(*args, **kwargs) where every rank succeeds; else all exit, and one prints the first error in a line."""
-    result = error = None
-    try:
-        result = task(*args, **kwargs)
-    except (ValueError, OSError) as e:
-        error = " ".join(str(e).split()) or type(e).__name__
-    if errors := [e for e in gather(error) if e]:
-        stop(errors[0])
-    return result
-
-
-def stop(message):
-    """Ends every rank, which must all call it, with one line."""
-    sys.exit(1 if dist.is_initialized() and dist.get_rank() > 0 else f"train.py: {message}")
+    def requested(self) -> bool:
+        """On any rank. A collective: all ranks get the same answer."""
+        reason = max(gather(self.reason))
+        self.reason = self.reason or reason  # a signal that came meanwhile is kept for the next call
+        return bool(reason)

@@ -1,10 +1,11 @@
-"""Problems, their prompts, and batches of rollouts.
+"""Problems, their prompts, and micro-batches of rollouts.
 
-problems = load("math500")                     # [Problem(id, prompt, answer), ...]: hub, file, or toy
-ids = encode(problems[0], tokenizer, "auto")   # prompt token ids; the template is applied here, once
-minibatches = make_batches(rollouts, ...)      # [minibatch][micro-batch] of Batch, for this rank
+problems = load("math500")                         # [Problem(id, prompt, answer), ...]: hub, file, or toy
+ids = encode(problems[0], tokenizer, "auto")       # prompt token ids; the template is applied here, and only here
+minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of Batch, for this rank
 """
 
+import functools
 import json
 import random
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from gating import segment_lengths
 
 # name: (hub repository, configuration, split)
 HUB = {
@@ -25,11 +28,14 @@ HUB = {
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # else reward_model.ground_truth (DAPO)
+ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # or reward_model.ground_truth, as in DAPO
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {question}\n" + INSTRUCTION + "\nAnswer:"
-MOST = 100_000  # rows taken of a larger dataset: DAPO's file repeats each problem about 100 times
+MAX_ROWS = 100_000  # read from a larger dataset: DAPO's file repeats each problem about 100 times
+
+# -----------------------------------------------------------------------------
+# problems
 
 
 @dataclass
@@ -40,210 +46,253 @@ class Problem:
 
 
 def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
-    """Problems of a benchmark's name, a hub dataset, a .jsonl or .parquet file, or "toy".
+    """Problems of a benchmark's name, a hub dataset, a .jsonl, .json or .parquet file, or "toy".
 
-    seed: shuffle (None: the dataset's own order; for toy, the held-out problems). Repeated prompts are
-    dropped. limit: at most this many, 0 for all. ValueError where a dataset is empty or has no known columns.
+    seed: shuffle with it. None keeps the dataset's own order; for the toy it means the held-out problems. Repeated
+    prompts are dropped. limit: at most this many; 0 for all. ValueError if a dataset is empty, unreadable, or has no
+    columns that we know.
     """
     if name == "toy":
-        import toy
-
-        stream = toy.HELD_OUT if seed is None else seed
-        pairs = toy.problems(limit or (256 if seed is None else 4096), stream)
-        return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
-    import datasets
-
-    suffix = Path(name).suffix
-    if suffix in (".jsonl", ".json", ".parquet"):
-        if not Path(name).is_file():
-            raise ValueError(f"no such file: {name}")
-        if Path(name).stat().st_size == 0:
-            raise ValueError(f"{name} is empty")
-        kind = "parquet" if suffix == ".parquet" else "json"
-        try:
-            rows = datasets.Dataset.from_parquet(name) if kind == "parquet" else read_json(name)
-        except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
-    else:
-        path, config, split = HUB.get(name, (name, None, "train"))
-        rows = datasets.load_dataset(path, config, split=split)
-    order = range(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows)).tolist()
-    if len(rows) == 0:
+        return toy_problems(seed, limit)
+    rows, columns = read_rows(name)
+    if not len(rows):
         raise ValueError(f"{name} is empty")
-    names = dict.fromkeys(c for row in rows for c in row) if isinstance(rows, list) else rows.column_names
-    columns = {c.lower(): c for c in names}
-    prompt = next((columns[c] for c in PROMPT_COLUMNS if c in columns), None)
-    answer = next((columns[c] for c in ANSWER_COLUMNS if c in columns), "reward_model")
-    if prompt is None or (answer not in names and seed is None):  # training needs no answers
+    by_lower_name = {column.lower(): column for column in columns}
+    prompt_column = next((by_lower_name[c] for c in PROMPT_COLUMNS if c in by_lower_name), None)
+    answer_column = next((by_lower_name[c] for c in ANSWER_COLUMNS if c in by_lower_name), "reward_model")
+    needs_answers = seed is None  # training does not
+    if prompt_column is None or (needs_answers and answer_column not in columns):
         known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
-        raise ValueError(f"{name} has columns {list(names)}; a prompt and an answer are called {known}")
-    stem, problems, seen = Path(name).stem, [], set()
-    for i in order[:MOST]:
+        raise ValueError(f"{name} has the columns {list(columns)}; a prompt and an answer are called {known}")
+    order = range(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows)).tolist()
+    problems, seen = [], set()
+    for i in order[:MAX_ROWS]:
         row = rows[i]
-        text, gold = row.get(prompt), row.get(answer) if answer in names else ""
-        gold = gold.get("ground_truth") if isinstance(gold, dict) else gold
-        chat = (
-            isinstance(text, list)
-            and text
-            and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in text)
-        )
-        if not (isinstance(text, str) and text.strip() or chat and all(isinstance(m["content"], str) for m in text)):
-            raise ValueError(f"{name}, row {i + 1}: {prompt} {text!r} is neither a text nor a list of chat messages")
-        if gold is None or isinstance(gold, (dict, list)):
-            raise ValueError(f"{name}, row {i + 1}: {answer} {gold!r} is not an answer")
-        key = str(text)
-        if key not in seen:
-            seen.add(key)
-            id = str(row.get(columns.get("id"), f"{stem}-{i}"))
-            problems.append(Problem(id, text, str(gold).split("####")[-1].strip()))  # GSM8K: reasoning #### answer
+        prompt = row.get(prompt_column)
+        answer = row.get(answer_column) if answer_column in columns else ""
+        if isinstance(answer, dict):
+            answer = answer.get("ground_truth")
+        if not (is_text(prompt) or is_chat(prompt)):
+            raise ValueError(f"{name}, row {i + 1}: {prompt_column} {prompt!r} is neither text nor chat messages")
+        if answer is None or isinstance(answer, (dict, list)):
+            raise ValueError(f"{name}, row {i + 1}: {answer_column} {answer!r} is not an answer")
+        if str(prompt) not in seen:
+            seen.add(str(prompt))
+            id = str(row.get(by_lower_name.get("id"), f"{Path(name).stem}-{i}"))
+            answer = str(answer).split("####")[-1].strip()  # GSM8K's answers are: reasoning #### answer
+            problems.append(Problem(id, prompt, answer))
     return problems[:limit] if limit else problems
 
 
-def read_json(path) -> list[dict]:
-    """Rows of a .jsonl file, or a .json file with a list. pyarrow's reader segfaults on some malformed files."""
-    text = Path(path).read_text(encoding="utf-8")
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
-    if odd := [row for row in rows if not isinstance(row, dict)]:
-        raise ValueError(f"{str(odd[0])[:80]!r} is a row, and no object")
+def toy_problems(seed, limit):
+    import toy
+
+    n_problems = limit or (256 if seed is None else 4096)
+    pairs = toy.problems(n_problems, toy.HELD_OUT if seed is None else seed)
+    return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
+
+
+def read_rows(name):
+    """(rows, names of their columns) of a file or a hub dataset."""
+    import datasets
+
+    path = Path(name)
+    if path.suffix not in (".jsonl", ".json", ".parquet"):
+        repository, configuration, split = HUB.get(name, (name, None, "train"))
+        rows = datasets.load_dataset(repository, configuration, split=split)
+        return rows, rows.column_names
+    if not path.is_file():
+        raise ValueError(f"no such file: {name}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{name} is empty")
+    try:
+        if path.suffix == ".parquet":
+            rows = datasets.Dataset.from_parquet(name)
+            return rows, rows.column_names
+        rows = read_json(path)
+        return rows, list(dict.fromkeys(column for row in rows for column in row))
+    except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
+
+
+def read_json(path: Path) -> list[dict]:
+    """Rows of a .jsonl file, or of a .json file that holds a list. (pyarrow's reader crashes on some malformed files.)"""
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+    for row in rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"a row is {str(row)[:80]!r}; it must be an object")
     return rows
 
 
-def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
-    """Prompt token ids. template: auto | chat | plain | raw | a text with {question}.
+def is_text(prompt):
+    return isinstance(prompt, str) and bool(prompt.strip())
 
-    auto is the tokenizer's chat template where it has one, else plain. Chat messages are passed as they are;
-    a bare question gets the instruction to reason and to box the answer. raw adds nothing but BOS.
+
+def is_chat(prompt):
+    """Whether it is a list of messages with a role and a text as content."""
+    return (
+        isinstance(prompt, list)
+        and len(prompt) > 0
+        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in prompt)
+    )
+
+
+# -----------------------------------------------------------------------------
+# prompts
+
+
+def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
+    """Prompt token ids. template: auto, chat, plain, raw, or a text with {question}.
+
+    auto is the tokenizer's chat template if it has one, else plain. Chat messages pass as they are; a bare question gets
+    the instruction to reason and to box the answer. raw adds nothing but BOS.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
-    text = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    question = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
     if template == "chat":
         messages = problem.prompt
         if isinstance(messages, str):
-            messages = [{"role": "user", "content": f"{text}\n{INSTRUCTION}"}]
+            messages = [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if template != "raw":
-        pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
-        text = pattern.replace("{question}", text)
-    return tokenizer(text)["input_ids"]
+    if template == "raw":
+        return tokenizer(question)["input_ids"]
+    pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
+    return tokenizer(pattern.replace("{question}", question))["input_ids"]
 
 
-class PromptStream:
-    """Endless prompts in an order fixed by the seed; `state` is all that a checkpoint must keep."""
+class TrainingPrompts:
+    """The prompts of every step, a function of the seed and the step alone: a resumed run needs no other state."""
 
     def __init__(self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int):
-        self.problems, self.tokenizer, self.template = problems, tokenizer, template
-        self.max_prompt, self.seed = max_prompt, seed
-        self.position, self.dropped, self.shuffled = 0, 0, None
+        prompts = [(problem, encode(problem, tokenizer, template)) for problem in problems]
+        self.prompts = [(problem, ids) for problem, ids in prompts if 0 < len(ids) <= max_prompt]
+        self.n_dropped = len(prompts) - len(self.prompts)
+        if not self.prompts:
+            raise ValueError(f"all {len(prompts)} training prompts are longer than --max_prompt {max_prompt} tokens")
+        self.problem_ids = {tuple(ids): problem.id for problem, ids in self.prompts}
+        self.seed = seed
 
-    @property
-    def state(self) -> dict:
-        return {"position": self.position, "dropped": self.dropped}
+    def of_step(self, step: int, n: int) -> list[tuple[Problem, list[int]]]:
+        """n prompts: the next ones of an endless list that shuffles the problems anew for every pass over them."""
+        return [self.at(i) for i in range(step * n, (step + 1) * n)]
 
-    def restore(self, state: dict):
-        self.position, self.dropped = state["position"], state["dropped"]
+    def at(self, position):
+        n_pass, i = divmod(position, len(self.prompts))
+        return self.prompts[shuffled(len(self.prompts), f"{self.seed} {n_pass}")[i]]
 
-    def peek(self) -> list[int]:
-        """The next prompt, without taking it."""
-        state = self.state
-        _, ids = self.next()
-        self.restore(state)
-        return ids
 
-    def next(self) -> tuple[Problem, list[int]]:
-        for _ in range(len(self.problems)):
-            passes, i = divmod(self.position, len(self.problems))
-            if self.shuffled != passes:
-                self.order = list(range(len(self.problems)))
-                random.Random(f"{self.seed} {passes}").shuffle(self.order)
-                self.shuffled = passes
-            self.position += 1
-            problem = self.problems[self.order[i]]
-            ids = encode(problem, self.tokenizer, self.template)
-            if 0 < len(ids) <= self.max_prompt:
-                return problem, ids
-            self.dropped += 1
-        raise ValueError(
-            f"every one of {len(self.problems)} prompts is longer than --max_prompt {self.max_prompt} tokens"
-        )
+@functools.lru_cache(maxsize=2)
+def shuffled(n: int, seed: str) -> list[int]:
+    order = list(range(n))
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def load_problems(cfg, tokenizer):
+    """(TrainingPrompts, {name: held-out problems}). ValueError if a held-out prompt is longer than --max_prompt."""
+    train = TrainingPrompts(
+        load(cfg.data, seed=cfg.seed), tokenizer, cfg.template, max_prompt=cfg.max_prompt, seed=cfg.seed
+    )
+    held_out = {}
+    for name in cfg.eval_data.split(",") if cfg.eval_every else []:
+        if name:
+            held_out[name] = load(name, limit=cfg.eval_problems)
+        for problem in held_out.get(name, []):
+            length = len(encode(problem, tokenizer, cfg.template))
+            if length > cfg.max_prompt:
+                raise ValueError(
+                    f"held-out problem {problem.id} has {length} tokens, more than --max_prompt {cfg.max_prompt}"
+                )
+    return train, held_out
 
 
 def shared_vocab(student, teacher) -> int:
-    """V such that ids below it mean the same to both tokenizers; ValueError where a token's ids differ.
+    """V such that ids below it mean the same to both tokenizers; ValueError if a token's ids differ.
 
     Compares the maps, not the sizes: models of one family pad their embeddings differently.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    differ = [t for t in ours.keys() & theirs.keys() if ours[t] != theirs[t]]
     shared = min(max(ours.values()), max(theirs.values())) + 1
-    lone = [t for a, b in ((ours, theirs), (theirs, ours)) for t in a.keys() - b.keys() if a[t] < shared]
-    if differ or lone:
-        example = (differ + lone)[0]
+    differ = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
+    differ += [token for token in ours.keys() - theirs.keys() if ours[token] < shared]
+    differ += [token for token in theirs.keys() - ours.keys() if theirs[token] < shared]
+    if differ:
+        example = differ[0]
         raise ValueError(
-            f"teacher and student have different tokenizers: {len(differ) + len(lone)} tokens differ, for example "
+            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example "
             f"{example!r} is id {ours.get(example)} for the student and {theirs.get(example)} for the teacher"
         )
     return shared
 
 
-def newline_tokens(tokenizer, vocab: int) -> Tensor:
-    """[vocab] True for ids whose decoded text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"."""
+def newline_tokens(tokenizer, vocab: int) -> set[int]:
+    """The ids whose text contains a newline. In BPE that is many besides "\\n", such as ".\\n\\n"."""
     texts = tokenizer.batch_decode([[i] for i in range(vocab)])
-    return torch.tensor(["\n" in text for text in texts])
+    return {i for i, text in enumerate(texts) if "\n" in text}
+
+
+# -----------------------------------------------------------------------------
+# batches
 
 
 @dataclass
 class Batch:
-    """One micro-batch: B rollouts, right-padded, so that causal attention needs no mask. N response tokens."""
+    """One micro-batch of B rollouts, padded on the right to L tokens; N response tokens, one response after the other.
 
-    ids: Tensor  # [B, L] prompt and response
-    mask: Tensor  # [B, T] True at response tokens, left-aligned
-    rows: Tensor  # [N] where the hidden state that predicts a response token stands in ids
-    cols: Tensor  # [N]
-    tokens: Tensor  # [N] the response tokens
-    where: Tensor  # [N] position in the response, in (0, 1)
-    newline: Tensor  # [B, T] True where a response token contains a newline
-    sampler_logp: Tensor  # [N] the sampler's own log-probs: a diagnostic
-    targets: dict = field(default_factory=dict)  # the teacher's, on the CPU
-    old: Tensor | None = None  # [N] log-probs before the first update
+    Made by `collate`; train.py adds the last two fields before the first update on the rollouts.
+    """
 
-    def spread(self, x):
-        """[N] to [B, T], zeros at padding."""
-        return x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
-
-    def sequences(self, rows=None):
-        """[(prompt and response, where the response starts), ...] of these rows; else of all with response tokens."""
-        found = []
-        for row in (self.rows if rows is None else rows).unique().tolist():
-            start = int(self.cols[self.rows == row][0]) + 1
-            found.append((self.ids[row, : start + int(self.mask[row].sum())].tolist(), start))
-        return found
-
-    def keep_old(self, logp):
-        """The first log-probs [N] that the trainer computes on this batch are its old ones."""
-        if self.old is None and logp is not None:
-            self.old = logp.detach()
+    ids: Tensor  # [B, L] prompt and response. Right padding, so that causal attention needs no mask
+    rows: Tensor  # [N] and cols: hidden[rows, cols] is the hidden state that predicts a response token,
+    cols: Tensor  # [N] one position before the token itself
+    tokens: Tensor  # [N] the response tokens, ids[rows, cols + 1]
+    segments: Tensor  # [N] index of the gate's segment that each of them is in (gating.py)
+    position: Tensor  # [N] where in its response each of them is, in (0, 1); for the pictures
+    logp_sampler: Tensor  # [N] the sampler's log-probs at temperature 1; only compared with the trainer's
+    rollouts: list  # the B rollouts, on the host; none if the batch only fills up
+    teacher: dict = field(default_factory=dict)  # the teacher's targets (teacher.py), on the host, computed once
+    logp_old: Tensor | None = None  # [N] the student's log-probs before the first update on these rollouts
 
 
-def collate(rollouts, newlines: Tensor, device, empty=False) -> Batch:
-    """empty: no response token counts; a rank with fewer micro-batches takes part in the collectives with one."""
-    seqs = [torch.tensor(r.prompt + r.response) for r in rollouts]
-    ids = nn.utils.rnn.pad_sequence(seqs, batch_first=True)
-    lengths = torch.tensor([0 if empty else len(r.response) for r in rollouts])
-    mask = torch.arange(int(lengths.max())) < lengths[:, None]
-    rows, step = mask.nonzero(as_tuple=True)
-    start = torch.tensor([len(r.prompt) for r in rollouts])
-    cols = start[rows] + step - 1
-    tokens = ids[rows, cols + 1]
-    logp = torch.tensor([x for r in rollouts for x in r.logprobs][: len(rows)])
-    newline = torch.zeros_like(mask).masked_scatter(mask, newlines[tokens])
-    where = (step + 0.5) / lengths[rows]
-    return Batch(*(x.to(device) for x in (ids, mask, rows, cols, tokens, where, newline, logp)))
+def collate(rollouts, cfg, newlines: set[int], device, empty=False) -> Batch:
+    """A Batch of rollouts. empty: none of their tokens counts (N = 0)."""
+    sequences = [torch.tensor(r.prompt + r.response) for r in rollouts]
+    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, L]
+    rows, cols, position, segments = [], [], [], []
+    n_segments = 0
+    counted = [] if empty else rollouts
+    for row, r in enumerate(counted):
+        n_tokens, start = len(r.response), len(r.prompt)
+        rows.append(torch.full((n_tokens,), row))
+        cols.append(torch.arange(start - 1, start - 1 + n_tokens))
+        position.append((torch.arange(n_tokens) + 0.5) / n_tokens)
+        is_newline = [token in newlines for token in r.response]
+        sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
+        lengths = torch.tensor(segment_lengths(n_tokens, cfg.gate, is_newline, **sizes))
+        segments.append(n_segments + torch.arange(len(lengths)).repeat_interleave(lengths))
+        n_segments += len(lengths)
+    none = [torch.zeros(0, dtype=torch.long)]
+    rows, cols, segments = (torch.cat(none + x) for x in (rows, cols, segments))
+    return Batch(
+        ids=ids.to(device),
+        rows=rows.to(device),
+        cols=cols.to(device),
+        tokens=ids[rows, cols + 1].to(device),
+        segments=segments.to(device),
+        position=torch.cat([torch.zeros(0), *position]).to(device),
+        logp_sampler=torch.tensor([x for r in counted for x in r.logprobs], dtype=torch.float32).to(device),
+        rollouts=counted,
+    )
 
 
 def pack(rollouts, budget):
-    """Micro-batches of at most `budget` tokens with padding (or one rollout), longest first."""
+    """Micro-batches, longest rollouts first, of at most `budget` tokens with padding, or of one rollout."""
     groups, width = [], 0
     for r in sorted(rollouts, key=lambda r: -len(r.prompt) - len(r.response)):
         if not groups or (len(groups[-1]) + 1) * width > budget:
@@ -253,19 +302,25 @@ def pack(rollouts, budget):
     return groups
 
 
-def make_batches(rollouts, cfg, step, rank, world, newlines, device):
-    """This rank's [minibatch][micro-batch] of Batch. Every rank computes the same split of all rollouts."""
+def make_minibatches(rollouts, cfg, step, newlines, device, rank=0, world=1) -> list[list[Batch]]:
+    """This rank's micro-batches of each minibatch: cfg.minibatches random parts of the rollouts that have tokens.
+
+    Every rank computes the same split. A minibatch's rollouts are dealt to the ranks so that their numbers of response
+    tokens are close. A rank with fewer micro-batches than another gets batches without tokens, since FSDP's forward and
+    backward passes are collectives that every rank must join.
+    """
     rollouts = [r for r in rollouts if r.response]
     random.Random(f"{cfg.seed} {step}").shuffle(rollouts)
     minibatches = []
     for m in range(min(cfg.minibatches, len(rollouts))):
         shares = [[] for _ in range(world)]
         for r in sorted(rollouts[m :: cfg.minibatches], key=lambda r: -len(r.response)):
-            min(shares, key=lambda s: sum(len(x.response) for x in s)).append(r)
+            smallest = min(shares, key=lambda share: sum(len(x.response) for x in share))
+            smallest.append(r)
         packed = [pack(share, cfg.micro_tokens) for share in shares]
-        batches = [collate(group, newlines, device) for group in packed[rank]]
-        short = max(map(len, packed)) - len(batches)
+        batches = [collate(group, cfg, newlines, device) for group in packed[rank]]
         shortest = min(rollouts, key=lambda r: len(r.prompt) + len(r.response))
-        batches += [collate([shortest], newlines, device, empty=True) for _ in range(short)]
+        while len(batches) < max(map(len, packed)):
+            batches.append(collate([shortest], cfg, newlines, device, empty=True))
         minibatches.append(batches)
     return minibatches

@@ -1,28 +1,24 @@
-"""pass@k on the paper's benchmarks, with error bars, every completion kept, nothing sampled twice.
+"""pass@k on the paper's benchmarks, with intervals; every completion is kept, and none is sampled twice.
 
     python evaluate.py --k 8                                   # the newest trained model
     python evaluate.py --k 8 --model Qwen/Qwen3-1.7B-Base --data aime24,my.jsonl --n 32
     torchrun --nproc_per_node 8 evaluate.py --k 8              # each rank answers its share of the problems
     python evaluate.py --compare out/eval/base/toy block=out/eval/seed0/toy,out/eval/seed1/toy
-    python evaluate.py --regrade out/eval/base/toy             # no model
+    python evaluate.py --regrade out/eval/base/toy             # needs no model
 
---out then holds samples.jsonl, a row a completion; results.json, the numbers with settings and versions; and
-pass_at_k.png. A killed evaluation goes on where it stopped when the same command is given again.
+--out then holds samples.jsonl, one row per completion; results.json, the numbers with settings and versions; and
+pass_at_k.png. If an evaluation is killed, the same command goes on where it stopped.
 
-pass@k is unbiased, from n >= k samples; mean@n is pass@1. Intervals are 95 % and over problems: what other
-problems of the kind would give. A response that its token limit cut off counts only what it has boxed.
+pass@k is unbiased, from n >= k samples; mean@n is pass@1. Intervals are 95 % and over problems: what other problems of
+the kind would give. In a response that was cut off by its token limit, only a boxed answer counts.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
-import subprocess
 import sys
-from dataclasses import asdict
-from datetime import timedelta
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -32,64 +28,88 @@ from tqdm import tqdm
 import data
 import report
 import rollout
+from common import gather, init_device, one_line, rank, say, versions, world_size, write_file
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
+from policy import full_weights, score
 
-# what does not change a sample, so that a folder may be used with another value
-FREE = "k out overwrite paper regrade compare device threads vllm_memory".split()
-
+# Flags that change no sample, so that a folder may be used again with another value.
+NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory".split()
 
 # -----------------------------------------------------------------------------
-# sampling
+# sampling and grading
 
 
-def respond(sampler, tokenizer, jobs, grader, *, seed, template, **sampling):
-    """The rows of jobs, [(benchmark, Problem, sample index)]: what was sampled, and whether it is right."""
+def answer(sampler, tokenizer, jobs, grader, *, seed, template, **sampling):
+    """Rows for jobs [(benchmark, Problem, number of the sample)]: what was sampled, and whether it is right."""
     prompts = [data.encode(problem, tokenizer, template) for _, problem, _ in jobs]
     seeds = [rollout.seed_for("eval", seed, problem.id, i) for _, problem, i in jobs]
-    rollouts = sampler.sample(prompts, seeds, **sampling)
     rows = []
-    for (name, problem, i), s, r in zip(jobs, seeds, rollouts, strict=True):
-        row = dict(data=name, problem=problem.id, sample=i, seed=s, tokens=len(r.response))
-        text = tokenizer.decode(r.response, skip_special_tokens=True)
-        rows.append(row | dict(finish=r.finish, gold=problem.answer, text=text))
+    for (name, problem, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
+        row = {"data": name, "problem": problem.id, "sample": i, "seed": seed_i, "tokens": len(r.response)}
+        row |= {"finish": r.finish, "gold": problem.answer}
+        rows.append(row | {"text": tokenizer.decode(r.response, skip_special_tokens=True)})
     return graded(rows, grader)
 
 
 def graded(rows, grader):
-    found = grader.grade([(row["text"], row["gold"], row["finish"] != "length") for row in rows])
+    """The rows with answer, correct and reason."""
+    verdicts = grader.grade([(row["text"], row["gold"], row["finish"] != "length") for row in rows])
     names = ("answer", "correct", "reason")
-    return [row | dict(zip(names, of, strict=True)) for row, of in zip(rows, found, strict=True)]
+    return [row | dict(zip(names, verdict, strict=True)) for row, verdict in zip(rows, verdicts, strict=True)]
 
 
-def cut(problems, n, batch):
-    """This rank's jobs in parts of about `batch` responses, the same wherever an earlier run was killed."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    mine, step = problems[rank::world], max(1, batch // n)
-    for start in range(0, len(problems[::world]), step):  # as many parts on every rank, the last may be empty
-        yield [(s, problem, i) for s, problem in mine[start : start + step] for i in range(n)]
+def split_jobs(problems, n, batch):
+    """This rank's jobs in parts of about `batch` responses: the same ones wherever an earlier run was killed.
 
-
-def gather(x):
-    """[x of rank 0, x of rank 1, ...] on every rank."""
-    if not dist.is_initialized():
-        return [x]
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, x)
-    return parts
+    problems: [(benchmark, Problem), ...]. There are as many parts on every rank; the last one may be empty.
+    """
+    mine, step = problems[rank() :: world_size()], max(1, batch // n)
+    for start in range(0, len(problems[:: world_size()]), step):
+        yield [(name, problem, i) for name, problem in mine[start : start + step] for i in range(n)]
 
 
 def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", batch=1024, **sampling):
-    """(metrics, rows) of Problems, for a training loop; the same on every rank, each having sampled its share.
+    """(metrics, rows) of Problems: the same on every rank, each having sampled its share.
 
     metrics: pass@k, mean@n, truncated, length, no_answer. sampling: what sampler.sample takes.
     """
     rows = []
     with Grader() as grader:
-        for jobs in cut([("", problem) for problem in problems], n or k, batch):
-            rows += respond(sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling)
+        for jobs in split_jobs([("", problem) for problem in problems], n or k, batch):
+            rows += answer(sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling)
     rows = [row for part in gather(rows) for row in part]
     return report.metrics(rows, k), rows
+
+
+def evaluate_student(run, cfg):
+    """{metric: value} of the student in training (train.Run) on the held-out problems.
+
+    eval/gap estimates the reverse KL of student to teacher, in nats per token, on the student's own responses to at most
+    64 problems; they are sampled without top-p and top-k, since under a truncated distribution it would not be a KL.
+    """
+    sampling, row = rollout.sampling_options(cfg), {}
+    run.sampler.sync(full_weights(run.policy))
+    for name, problems in run.held_out.items():
+        scores, _ = evaluate(
+            run.sampler, run.tokenizer, problems, k=cfg.k, seed=cfg.seed, template=cfg.template, **sampling
+        )
+        prompts = [data.encode(problem, run.tokenizer, cfg.template) for problem in problems[:64]]
+        jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
+        rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
+        run.sampler.sleep()
+        minibatches = data.make_minibatches(rollouts, cfg, 0, run.newlines, run.device, rank(), world_size())
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        total = torch.zeros(2)  # sum of log p - log q, number of tokens
+        for batch, targets in zip(batches, run.teacher.targets(batches), strict=True):
+            with torch.no_grad():
+                gap = score(run.policy, batch, cfg.temperature).cpu() - targets["logp"]
+            total += torch.tensor([gap.sum(), gap.numel()])
+        total = sum(gather(total))
+        scores["gap"] = (total[0] / total[1]).item()
+        prefix = "eval" if len(run.held_out) == 1 else f"eval/{name}"
+        row |= {f"{prefix}/{key}": x for key, x in scores.items()}
+    return row
 
 
 # -----------------------------------------------------------------------------
@@ -97,17 +117,19 @@ def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", b
 
 
 def claim(folder: Path, identity: dict):
-    """Makes the folder this evaluation's; ValueError where it holds the samples of another."""
+    """Makes the folder this evaluation's; ValueError if it holds the samples of another."""
     path = folder / "identity.json"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        report.write(path, json.dumps(identity, indent=1) + "\n")
-    theirs = json.loads(path.read_text())
-    for name in identity | theirs:
-        old, new = theirs.get(name), identity.get(name)
+        write_file(path, json.dumps(identity, indent=1) + "\n")
+    saved = json.loads(path.read_text())
+    for name in identity | saved:
+        old, new = saved.get(name), identity.get(name)
         if old != new:
-            say = f"{folder} holds another evaluation, with {name} {old!r}, not {new!r}"
-            raise ValueError(f"{say}: --overwrite deletes it, --out names another folder")
+            raise ValueError(
+                f"{folder} holds another evaluation, with {name} {old!r}, not {new!r}: --overwrite deletes it, "
+                f"--out names another folder"
+            )
 
 
 def digest(*parts):
@@ -115,24 +137,17 @@ def digest(*parts):
 
 
 def weights_digest(path, revision):
-    """Of a folder's model files: names, sizes, a MiB at either end of each; of a hub model: its commit."""
+    """Of a folder's model files: names, sizes, and a MiB at either end of each. Of a hub model: its commit."""
     parts = []
     for file in sorted(Path(path).glob("*")) if Path(path).is_dir() else []:
         if file.suffix in (".safetensors", ".bin", ".json"):
+            size = file.stat().st_size
             with open(file, "rb") as f:
                 ends = f.read(1 << 20)
-                f.seek(-min(1 << 20, file.stat().st_size), os.SEEK_END)
-                parts.append([file.name, file.stat().st_size, hashlib.sha256(ends + f.read()).hexdigest()])
+                f.seek(-min(1 << 20, size), os.SEEK_END)
+                ends += f.read()
+            parts.append([file.name, size, hashlib.sha256(ends).hexdigest()])
     return digest(*parts) if parts else revision
-
-
-def versions():
-    found = {"python": platform.python_version()}
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions() if d.name}
-    for name in ("torch", "transformers", "vllm", "math-verify", "sympy"):
-        found[name] = installed.get(name)
-    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=12"]
-    return found | {"commit": subprocess.run(git, capture_output=True, text=True).stdout.strip()}
 
 
 # -----------------------------------------------------------------------------
@@ -149,7 +164,7 @@ def choose_model(name):
     if name.count("/") > 1 and not Path(name).is_dir():
         raise ValueError(f"--model: there is no folder {name}")
     if not name:
-        finished = sorted(Path("out").glob("*/final/config.json"), key=lambda p: p.stat().st_mtime)
+        finished = sorted(Path("out").glob("*/final/config.json"), key=lambda path: path.stat().st_mtime)
         if not finished:
             raise ValueError("no finished run in out/: give --model, or train with python train.py")
         name = str(finished[-1].parent)
@@ -157,85 +172,85 @@ def choose_model(name):
     return name, "-".join(parts[-2:])
 
 
-def prepare(cfg):
-    """(label, tokenizer, [(benchmark, Problem)], identity), and cfg's gaps filled: all that can be wrong."""
+def prepare(cfg, device):
+    """(cfg with its gaps filled, label, tokenizer, [(benchmark, Problem)], identity). ValueError if anything is wrong.
+
+    The identity says what the samples depend on: a folder with another one is not used.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
     model, label = choose_model(cfg.model)
-    code = dict(trust_remote_code=cfg.trust_remote_code)
-    tokenizer, lm = (x.from_pretrained(model, **code) for x in (AutoTokenizer, AutoConfig))
-    if not cfg.data:
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
+    names = cfg.data
+    if not names:
         import toy
 
-        cfg.data = "toy" if tokenizer.get_vocab() == toy.tokenizer().get_vocab() else BENCHMARKS
-    cfg.n, cfg.model = cfg.n or cfg.k, model
-    names = {Path(name).stem: name for name in cfg.data.split(",")}
-    sets = {s: data.load(name, limit=cfg.limit) for s, name in names.items()}
-    problems = [(s, p) for s in sets for p in sets[s]]
-    ids = [(s, p.id) for s, p in problems]
-    if len(names) < len(cfg.data.split(",")) or len(set(ids)) < len(ids):
-        raise ValueError(f"--data {cfg.data}: two sets, or two problems of one, have the same name")
-    prompts = [data.encode(p, tokenizer, cfg.template) for _, p in problems]
-    longest, context = (max(map(len, prompts)), getattr(lm, "max_position_embeddings", None) or 1 << 30)
+        names = "toy" if tokenizer.get_vocab() == toy.tokenizer().get_vocab() else BENCHMARKS
+    paths = {Path(name).stem: name for name in names.split(",")}
+    sets = {name: data.load(path, limit=cfg.limit) for name, path in paths.items()}
+    problems = [(name, problem) for name in sets for problem in sets[name]]
+    ids = [(name, problem.id) for name, problem in problems]
+    if len(paths) < len(names.split(",")) or len(set(ids)) < len(ids):
+        raise ValueError(f"--data {names}: two sets, or two problems of one, have the same name")
+    prompts = [data.encode(problem, tokenizer, cfg.template) for _, problem in problems]
+    longest, context = max(map(len, prompts)), getattr(config, "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
-    cfg.max_tokens = min(cfg.max_tokens, context - longest)
-    cfg.out = cfg.out or str(Path("out/eval", label, "+".join(names)))
-
-    identity = {name: x for name, x in asdict(cfg).items() if name not in FREE}
-    device = torch.device(cfg.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    identity |= dict(rollout=rollout.choose(cfg.rollout, device.type)[0], device=device.type)
-    identity["world"] = int(os.environ.get("WORLD_SIZE", 1))
-    identity["weights"] = weights_digest(model, getattr(lm, "_commit_hash", None))
-    for s in sets:
-        identity[f"problems of {s}"] = digest(*([p.id, p.prompt, p.answer] for p in sets[s]))
-    return label, tokenizer, problems, identity | {"prompts": digest(*prompts)}
+    cfg = replace(
+        cfg,
+        model=model,
+        data=names,
+        n=cfg.n or cfg.k,
+        max_tokens=min(cfg.max_tokens, context - longest),
+        out=cfg.out or str(Path("out/eval", label, "+".join(paths))),
+    )
+    identity = {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
+    identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type, "world": world_size()}
+    identity["weights"] = weights_digest(model, getattr(config, "_commit_hash", None))
+    for name in sets:
+        identity[f"problems of {name}"] = digest(*([p.id, p.prompt, p.answer] for p in sets[name]))
+    return cfg, label, tokenizer, problems, identity | {"prompts": digest(*prompts)}
 
 
 def run(cfg):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        # gloo and a long timeout: a rank waits for the slowest one
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    say = tqdm.write if rank == 0 else lambda _: None
-    label, tokenizer, problems, identity = prepare(cfg)
+    device = init_device(cfg)
+    cfg, label, tokenizer, problems, identity = prepare(cfg, device)
     say(f"{cfg.model}: {cfg.n} samples of {len(problems)} problems, {cfg.max_tokens} tokens at most")
     say(f"first prompt: {tokenizer.decode(data.encode(problems[0][1], tokenizer, cfg.template))!r}")
     out = Path(cfg.out)
-    if rank == 0:
+    if rank() == 0:
         if cfg.overwrite and (out / "identity.json").exists():  # nothing but an evaluation is ever deleted
             shutil.rmtree(out)
         claim(out, identity)
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
 
-    def kept():
+    def kept_rows():
         files = [*out.glob("samples.jsonl"), *sorted(out.glob("part-*.jsonl"))]
         rows = [row for file in files for row in report.read_rows(file)]
         return {(row["data"], row["problem"], row["sample"]): row for row in rows}
 
-    sampling = {name: getattr(cfg, name) for name in ("max_tokens", "temperature", "top_p")}
-    sampling |= dict(top_k=cfg.sample_top_k, seed=cfg.seed, template=cfg.template)
-    rows = kept()
-    parts = list(cut(problems, cfg.n, cfg.batch))
-    todo = [any((s, problem.id, i) not in rows for s, problem, i in jobs) for jobs in parts]
-    if any(gather(any(todo))):  # all ranks build their samplers together, or none does
-        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer), say)
-    bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank > 0)
+    sampling = {"max_tokens": cfg.max_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p}
+    sampling |= {"top_k": cfg.sample_top_k, "seed": cfg.seed, "template": cfg.template}
+    rows = kept_rows()
+    parts = list(split_jobs(problems, cfg.n, cfg.batch))
+    is_missing = [any((name, problem.id, i) not in rows for name, problem, i in jobs) for jobs in parts]
+    if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
+        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer))
+    bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
-            if todo[i]:
-                found = respond(sampler, tokenizer, jobs, grader, **sampling)
-                report.write_rows(out / f"part-{rank:03d}-{i:05d}.jsonl", found)
+            if is_missing[i]:
+                fresh = answer(sampler, tokenizer, jobs, grader, **sampling)
+                report.write_rows(out / f"part-{rank():03d}-{i:05d}.jsonl", fresh)
             bar.update(len(jobs))
     bar.close()
-    if world > 1:
+    if dist.is_initialized():
         dist.barrier()
-    if rank == 0:
-        rows = kept()
-        rows = [rows[s, problem.id, i] for s, problem in problems for i in range(cfg.n)]
+    if rank() == 0:
+        rows = kept_rows()
+        rows = [rows[name, problem.id, i] for name, problem in problems for i in range(cfg.n)]
         report.write_rows(out / "samples.jsonl", rows)
         for file in out.glob("part-*"):
             file.unlink()
@@ -243,26 +258,27 @@ def run(cfg):
 
 
 def finish(cfg, rows, out, label, identity):
-    found = report.summary([rows], cfg.k)
-    results = dict(config=asdict(cfg), identity=identity, versions=versions(), metrics=found)
-    report.write(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report.picture({label: found}, out / "pass_at_k.png")
-    print(f"\n{report.table(found, cfg.k)}\n")
+    """Writes and prints what the rows say."""
+    summary = report.summary([rows], cfg.k)
+    results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": summary}
+    write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
+    report.picture({label: summary}, out / "pass_at_k.png")
+    print(f"\n{report.table(summary, cfg.k)}\n")
     if cfg.paper:
-        print(f"{report.paper_table({label: found}, cfg.k)}\n")
+        print(f"{report.paper_table({label: summary}, cfg.k)}\n")
     print(f"{out}: samples.jsonl, every completion; results.json, the numbers; pass_at_k.png")
 
 
 def regrade(cfg):
-    """Grades kept completions again, into the folder --out or `regraded` beside them."""
+    """Grades kept completions again, into the folder --out, or `regraded` beside them."""
     source = Path(cfg.regrade)
     rows = report.read_rows(source)
     with Grader() as grader:
         fresh = graded(rows, grader)
-    changed = [(a, b) for a, b in zip(rows, fresh, strict=True) if a["correct"] != b["correct"]]
-    for a, b in changed[:20]:
-        was = f"{a['data']} {a['problem']}: {b['answer']!r} for {b['gold']!r}"
-        print(f"{was}: {a['reason']} -> {b['reason']}")
+    changed = [(old, new) for old, new in zip(rows, fresh, strict=True) if old["correct"] != new["correct"]]
+    for old, new in changed[:20]:
+        where = f"{old['data']} {old['problem']}"
+        print(f"{where}: {new['answer']!r} for {new['gold']!r}: {old['reason']} -> {new['reason']}")
     print(f"{len(changed)} of {len(rows)} verdicts changed")
     folder = source if source.is_dir() else source.parent
     out = Path(cfg.out or folder / "regraded")
@@ -272,12 +288,15 @@ def regrade(cfg):
 
 
 def main(cfg):
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
     try:
-        (report.compare if cfg.compare else regrade if cfg.regrade else run)(cfg)
+        if cfg.compare:
+            report.compare(cfg)
+        elif cfg.regrade:
+            regrade(cfg)
+        else:
+            run(cfg)
     except (ValueError, OSError) as error:
-        sys.exit(f"evaluate.py: {' '.join(str(error).split())}")
+        sys.exit(f"evaluate.py: {one_line(error)}")
 
 
 if __name__ == "__main__":

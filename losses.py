@@ -1,17 +1,21 @@
-"""On-policy distillation losses over a large vocabulary, without ever holding a [N, V] matrix.
+"""Losses for on-policy distillation over a large vocabulary, without a [N, V] matrix of logits in memory.
 
-Two halves. The language-model head, in blocks of the vocabulary, with its own backward pass:
+Position losses: one number for each response token, not reduced. Weight them with a gate (gating.py), then divide once
+by the denominator of the whole minibatch. Student p, teacher q; log-probs in nats.
 
-    z, lse = head_logits(hidden, weight, ids)        # z [N, K] logits at ids, lse [N] logsumexp of all
-    logp = z - lse[:, None]                          # differentiable log-probs of the ids
-    ids, logq = head_topk(hidden, weight, k)         # a teacher's top-k log-probs, no gradient
-    kl, lse = head_kl(hidden, weight, hidden_t, weight_t)       # [N] full-vocabulary KL or JSD(beta)
+    opd_loss     sampled-token OPD: PPO's clipped objective with the teacher's log-ratio as the advantage
+    lsm_loss     reverse or forward KL on the teacher's top-K tokens (local support matching)
+    tail_loss    reverse KL on the top-K tokens and "any other token" as one more outcome
 
-and position losses on what it returns, unreduced: weight them (gating.py), then divide once by the
-global denominator. Student p, teacher q. All arithmetic is fp32, whatever the dtype of the inputs.
+The language-model head: what those need of the logits, computed piece by piece, with a backward pass of its own.
 
-Shapes: N positions, H hidden size, V vocabulary, K support; `...` is [N] or [B, T].
-Copy this file; it needs torch alone. MIT license.
+    z, lse = head_logits(hidden, weight, ids)               # logits at ids [N, K], logsumexp of all logits [N]
+    logp = z - lse[:, None]                                 # differentiable log-probs of ids
+    ids, logq = head_topk(hidden, weight, k)                # a teacher's k most likely tokens; no gradient
+    kl, lse = head_kl(hidden, weight, hidden_t, weight_t)   # KL or JSD over the whole vocabulary [N]
+
+N positions, H hidden size, V vocabulary, K tokens of the support; "..." is [N] or [B, T]. Results are fp32, whatever
+the dtype of the inputs. Copy this file; it needs torch alone. MIT license.
 """
 
 import math
@@ -24,28 +28,33 @@ from torch import Tensor
 
 
 def opd_loss(
-    logp: Tensor,  # [...] student's log-prob of the sampled token, with gradient
-    logp_old: Tensor,  # [...] the same before the first update on this rollout batch
-    logp_teacher: Tensor,  # [...]
-    clip_low: float | None = 0.2,
-    clip_high: float | None = 0.2,
-    dual_clip: float | None = 3.0,
+    logp: Tensor,  # [...] log p(y), y the sampled token, with gradient
+    logp_old: Tensor,  # [...] the same before the first update on these rollouts
+    logp_teacher: Tensor,  # [...] log q(y)
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float = 3.0,
 ) -> tuple[Tensor, dict]:
-    """Sampled-token OPD, PPO style: -min(r A, clip(r) A), A = log q(y) - log p_old(y), r = p(y) / p_old(y).
+    """Sampled-token OPD: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and {"clipped", "advantage"}.
 
-    At r = 1 its gradient is the policy gradient of the token-level reverse KL. dual_clip c bounds the
-    loss by -c A where A < 0 (Ye et al. 2020; verl's default 3). None turns a bound off.
+    A = log q(y) - log p_old(y) is fixed, r = p(y) / p_old(y). At r = 1 the gradient is the policy gradient of the
+    token-level reverse KL. Where A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729; verl's
+    default is 3). 0 turns a bound off. Fu et al. 2026, arXiv 2603.25562, as verl implements it.
     """
     advantage = (_finite(logp_teacher) - _finite(logp_old)).detach()
     ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()
-    low = 0.0 if clip_low is None else 1 - clip_low
-    high = math.inf if clip_high is None else 1 + clip_high
-    surrogate, clipped = ratio * advantage, ratio.clamp(low, high) * advantage
+    low = 1 - clip_low if clip_low else 0.0
+    high = 1 + clip_high if clip_high else math.inf
+    surrogate = ratio * advantage
+    clipped = ratio.clamp(low, high) * advantage
     loss = -torch.minimum(surrogate, clipped)
-    bound = -dual_clip * advantage if dual_clip is not None else torch.full_like(loss, math.inf)
-    dual = (advantage < 0) & (loss > bound)
-    info = {"clipped": ((clipped < surrogate) | dual).float(), "advantage": advantage}
-    return torch.where(dual, bound, loss), info
+    is_clipped = clipped < surrogate
+    if dual_clip:
+        bound = -dual_clip * advantage
+        is_bounded = (advantage < 0) & (loss > bound)
+        loss = torch.where(is_bounded, bound, loss)
+        is_clipped = is_clipped | is_bounded
+    return loss, {"clipped": is_clipped.float(), "advantage": advantage}
 
 
 def lsm_loss(
@@ -53,88 +62,130 @@ def lsm_loss(
     logq: Tensor,  # [..., K] teacher's logits or log-probs there
     support: Tensor | None = None,  # [..., K] False where a slot does not count
     *,
-    lse: Tensor | None = None,  # [...] student's logsumexp, where renormalise is False
     renormalise: bool = True,
-    log_ratio_clamp: float | None = None,
+    lse: Tensor | None = None,  # [...] student's logsumexp over the vocabulary; only renormalise=False needs it
+    log_ratio_clamp: float = 0.0,
     forward: bool = False,
 ) -> Tensor:
-    """Teacher top-K local support matching, sum_k p_k (log p_k - log q_k) over the support: reverse KL.
+    """Teacher top-K local support matching, LSM: sum_k p_k (log p_k - log q_k) over the support, the reverse KL.
 
-    renormalise (Fu et al. 2026, the paper's form): p and q are softmaxes over the support alone, so
-    the student's logsumexp is not needed, and no gradient of vocabulary size arises. Otherwise p and q
-    are true probabilities (logq must be log-probs); that form can be negative, and rewards moving mass
-    off the support. forward=True is sum_k q_k (log q_k - log p_k), the same with p and q exchanged.
+    renormalise (Fu et al. 2026, arXiv 2603.25562): p and q are softmaxes over the support alone, so the student's
+    logsumexp cancels and no gradient of vocabulary size arises. Otherwise p and q are probabilities in the whole
+    vocabulary and logq must be log-probs; that sum can be negative, and it rewards moving mass off the support.
+    forward: sum_k q_k (log q_k - log p_k) instead. log_ratio_clamp: keep each log-ratio within +- this; 0: off.
     """
     if renormalise and z.shape[-1] < 2:
         raise ValueError("K = 1: renormalised on one token, the loss is always 0")
     if not renormalise and lse is None:
-        raise ValueError("renormalise=False needs the student's logsumexp, lse")
-    z = _finite(z if renormalise else z.float() - lse[..., None])
+        raise ValueError("renormalise=False needs lse, the student's logsumexp over the vocabulary")
+    logp = _finite(z if renormalise else z.float() - lse[..., None])
     logq = _finite(logq)
-    if support is not None:  # finite, so that no NaN reaches a gradient
-        z, logq = z.masked_fill(~support, -1e30), logq.masked_fill(~support, -1e30)
+    if support is not None:  # a large finite number, because -inf would make NaN of 0 * -inf in the gradient
+        logp = logp.masked_fill(~support, -1e30)
+        logq = logq.masked_fill(~support, -1e30)
     if renormalise:
-        z, logq = z.log_softmax(-1), logq.log_softmax(-1)
-    a, b = (logq, z) if forward else (z, logq)
-    ratio = a - b
-    if log_ratio_clamp is not None:
-        ratio = ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    terms = a.exp() * ratio
-    return (terms if support is None else terms.masked_fill(~support, 0.0)).sum(-1)
+        logp = logp.log_softmax(-1)
+        logq = logq.log_softmax(-1)
+    # KL(a || b): a is the distribution that the expectation is under
+    log_a, log_b = (logq, logp) if forward else (logp, logq)
+    log_ratio = log_a - log_b
+    if log_ratio_clamp:
+        log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
+    terms = log_a.exp() * log_ratio
+    if support is not None:
+        terms = terms.masked_fill(~support, 0.0)
+    return terms.sum(-1)
 
 
 def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
-    """Reverse KL over K + 1 outcomes [...]: the K true log-probs [..., K] and all other tokens as one."""
+    """Reverse KL over K + 1 outcomes [...]: K tokens with log-probs logp and logq [..., K], and "any other token"."""
     return lsm_loss(_with_tail(_finite(logp)), _with_tail(_finite(logq)))
 
 
 def _with_tail(logp: Tensor) -> Tensor:
-    """[..., K] log-probs to [..., K + 1]: the rest's mass, 1 - sum p, last; at least 1e-6 to stay finite."""
+    """Appends log(1 - sum p) to the log-probs [..., K]; the rest counts at least 1e-6, to stay finite."""
     rest = 1 - logp.exp().sum(-1, keepdim=True)
     return torch.cat([logp, rest.clamp(min=1e-6).log()], -1)
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Logits or log-probs in fp32, -inf as -1e4, so that differences stay finite. NaN stays: the training loop must see it."""
+    """fp32, with -inf as -1e4 so that differences stay finite. NaN stays NaN: the training loop has to see it."""
     return x.float().clamp(-1e4, 1e4)
 
 
 # -----------------------------------------------------------------------------
-# the head, in blocks
+# the head: logits at chosen ids, and the logsumexp of all
 
 
-def head_logits(
-    hidden, weight, ids, bias=None, *,
-    temperature=1.0, vocab=None, lse=True, entropy=False, block=None,
-):  # fmt: skip
-    """(z [N, K], lse [N]) in fp32: logits / temperature at ids, and logsumexp of all logits / temperature.
+def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, lse=True, chunk=None):
+    """(z [N, K], lse [N]): logits / temperature at ids, and the logsumexp of all logits / temperature, both with gradient.
 
-    hidden [N, H], weight [V', H], ids [N, K], bias [V'] or None. vocab: only the first V rows of weight are
-    tokens. lse=False: no pass over the vocabulary, and lse is None. entropy=True: a third output [N], in
-    nats, detached. block: elements of the largest temporary.
+    hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
+    ids [N, K]; bias [V'] or None. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in the
+    largest temporary; memory beyond inputs, outputs and gradients is one or two of them, whatever N.
 
-    Any upstream gradient may arrive at either. One at lse costs 2NHV to compute the logits again, and
-    4NHV; where it is absent (a loss on z alone, lse detached or off) only K rows of weight a position
-    are touched. Memory beyond outputs and gradients is one or two blocks, whatever N.
+    Cost, in units of N H V: lse takes 2 FLOPs forward. If a gradient reaches lse, backward takes 2 to compute the logits
+    again and 4 for the two matmuls. If none does (lse detached, unused or off) only K rows of weight per position are
+    read and written: that is what makes LSM cheap.
     """
-    vocab, block = vocab or weight.shape[0], block or _default_block(hidden)
-    out = _Head.apply(hidden, weight, bias, ids, temperature, vocab, lse or entropy, entropy, block)
-    return out if entropy else out[:2]
+    vocab = vocab or weight.shape[0]
+    chunk = chunk or _default_chunk(hidden)
+    return _HeadLogits.apply(hidden, weight, bias, ids, temperature, vocab, lse, chunk)
+
+
+class _HeadLogits(torch.autograd.Function):
+    """Forward adds up the logsumexp over chunks of the vocabulary; backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, ids, temperature, vocab, want_lse, chunk):
+        ctx.options = temperature, vocab, chunk
+        ctx.set_materialize_grads(False)  # so that backward can tell an absent gradient from zeros
+        z = _logits_at(ids, hidden, weight, bias, temperature, chunk)  # [N, K]
+        lse = None
+        if want_lse:
+            total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)  # [N]
+            for _, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
+                total = torch.logaddexp(total, _log_softmax_(logits))
+            lse = total.float()
+        ctx.save_for_backward(hidden, weight, bias, ids, lse)
+        return z, lse
+
+    @staticmethod
+    def backward(ctx, grad_z, grad_lse):  # [N, K] or None, [N] or None
+        hidden, weight, bias, ids, lse = ctx.saved_tensors
+        temperature, vocab, chunk = ctx.options
+        if grad_lse is None:
+            grads = _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk)
+            return *grads, *[None] * 5
+        grads = _zero_grads(hidden, weight, bias)
+        for v, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
+            # d lse / d logits is the softmax: this chunk of it, times the incoming gradient
+            d_logits = logits.sub_(lse[:, None]).exp_().mul_(grad_lse[:, None])  # [N, chunk of V], in place
+            if grad_z is not None:  # and the gradients at ids, where they lie in this chunk
+                in_chunk = (ids >= v.start) & (ids < v.stop)
+                columns = (ids - v.start).clamp(0, d_logits.shape[1] - 1)
+                d_logits.scatter_add_(1, columns, grad_z * in_chunk)
+            _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
+        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 5
+
+
+# -----------------------------------------------------------------------------
+# the head: a teacher's top-k
 
 
 @torch.no_grad()
-def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, block=None):
+def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, chunk=None):
     """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J].
 
-    Memory beyond the result is about one block, whatever N: some positions' logits over the whole vocabulary.
+    Memory beyond the result is about one chunk, whatever N: some positions' logits over the whole vocabulary.
     """
-    vocab, block = vocab or weight.shape[0], block or 3 * _default_block(hidden, cpu=24, cuda=26)
+    vocab, chunk = vocab or weight.shape[0], chunk or 3 * _default_chunk(hidden, cpu=24, cuda=26)
     group = 16 if vocab >= 32 * k else 1
     tile = vocab if hidden.is_cuda else min(vocab, 1024)  # on a CPU the passes over it stay in the cache
     width = group * math.ceil(tile / group)
     count = math.ceil(vocab / width)
-    rows = max(1, min(len(hidden), block // (count * width)))
-    z = None if ids is None else _rows_logits(hidden, weight, bias, ids, temperature, block)
+    rows = max(1, min(len(hidden), chunk // (count * width)))
+    z = None if ids is None else _logits_at(ids, hidden, weight, bias, temperature, chunk)
     tiles = hidden.new_empty(count, rows, width, dtype=torch.float32)
     tiles[-1, :, vocab - (count - 1) * width :] = -math.inf  # beyond the vocabulary
     parts = [_topk(h, weight, k, bias, temperature, vocab, tiles[:, : len(h)], group) for h in hidden.split(rows)]
@@ -160,200 +211,194 @@ def _topk(hidden, weight, k, bias, temperature, vocab, tiles, group):
     return ids.gather(1, at), (value - lse).float(), lse.float()
 
 
-def head_kl(
-    hidden, weight, hidden_t, weight_t, bias=None, bias_t=None, *,
-    beta=1.0, temperature=1.0, vocab=None, block=None,
-):  # fmt: skip
-    """Full-vocabulary divergence [N] with gradient, and the student's logsumexp [N] without, in fp32.
+# -----------------------------------------------------------------------------
+# the head: divergences over the whole vocabulary
 
-    Teacher's hidden_t [N, H_t], weight_t [V'', H_t], bias_t; vocab is what the two share. beta 1: reverse
-    KL(p||q). beta 0: forward KL(q||p). Between: generalised JSD, beta KL(q||m) + (1 - beta) KL(p||m) with
-    m = beta q + (1 - beta) p (Agarwal et al. 2024), as GKD and TRL have it.
+
+def head_kl(
+    hidden: Tensor,  # [N, H] student's hidden states, with gradient
+    weight: Tensor,  # [V', H] student's head, with gradient
+    hidden_t: Tensor,  # [N, H_t] teacher's
+    weight_t: Tensor,  # [V'', H_t]
+    bias: Tensor | None = None,  # [V']
+    bias_t: Tensor | None = None,  # [V'']
+    *,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    vocab: int | None = None,  # tokens that the two share; by default the smaller head's rows
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(divergence [N] with gradient, the student's logsumexp [N] without), over the whole vocabulary.
+
+    beta = 1: reverse KL(p || q). beta = 0: forward KL(q || p). Between: the generalised Jensen-Shannon divergence,
+    beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p (Agarwal et al. 2024, arXiv 2306.13649).
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta is {beta}, outside [0, 1]")
+        raise ValueError(f"beta is {beta}; it must lie in [0, 1]")
     vocab = vocab or min(len(weight), len(weight_t))
-    teacher = hidden_t, weight_t, bias_t
-    return _HeadKL.apply(hidden, weight, bias, *teacher, beta, temperature, vocab, block)
-
-
-class _Head(torch.autograd.Function):
-    """(z, lse, entropy): adds up the logsumexps of blocks; backward makes the logits again."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, temperature, vocab, want_lse, want_entropy, block):
-        ctx.args = temperature, vocab, block
-        ctx.set_materialize_grads(False)
-        z, lse, H = _rows_logits(hidden, weight, bias, ids, temperature, block), None, None
-        if want_lse:
-            total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)
-            mean = torch.zeros_like(total)  # of the logits, under the softmax so far
-            for _, logits in _blocks(hidden, weight, bias, temperature, vocab, block):
-                part, old = _log_softmax_(logits), total
-                total = torch.logaddexp(old, part)
-                if want_entropy:
-                    here = part + torch.linalg.vecdot(logits.exp(), logits)
-                    mean = mean * (old - total).exp() + here * (part - total).exp()
-            lse = total.float()
-            if want_entropy:
-                H = (total - mean).float()
-                ctx.mark_non_differentiable(H)
-        ctx.save_for_backward(hidden, weight, bias, ids, lse)
-        return z, lse, H
-
-    @staticmethod
-    def backward(ctx, grad_z, grad_lse, _):
-        hidden, weight, bias, ids, lse = ctx.saved_tensors
-        temperature, vocab, block = ctx.args
-        if grad_lse is None:
-            grads = _rows_backward(hidden, weight, bias, ids, temperature, block, grad_z)
-            return *grads, *[None] * 6
-        grads = [torch.zeros_like(hidden, dtype=torch.float32), *_zeros(weight, bias)]
-        for v, p in _blocks(hidden, weight, bias, temperature, vocab, block):
-            p.sub_(lse[:, None]).exp_().mul_(grad_lse[:, None])
-            if grad_z is not None:
-                inside = (ids >= v.start) & (ids < v.stop)
-                p.scatter_add_(1, (ids - v.start).clamp(0, p.shape[1] - 1), grad_z * inside)
-            _backward_block(p, hidden, weight, v, temperature, *grads)
-        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 6
+    return _HeadKL.apply(hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk)
 
 
 class _HeadKL(torch.autograd.Function):
-    """JSD(beta) [N]: walks rows forward, since m needs both softmaxes complete, and the vocabulary backward."""
+    """Forward takes whole rows, because m needs both softmaxes complete; backward takes chunks of the vocabulary."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temp, vocab, block):
-        N = hidden.shape[0]
-        rows = max(1, (block or _default_block(hidden, cpu=26, cuda=28)) // (4 * vocab))
-        small = max(1, (block or _default_block(hidden, cpu=20)) // vocab)  # rows that fit the cache
-        loss, lse, lse_t, mean = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
-        buffers = hidden.new_empty(2, min(rows, N) * vocab, dtype=torch.float32)
-        for i in range(0, N, rows):
-            ((_, x),) = _blocks(hidden[i : i + rows], weight, bias, temp, vocab, buffer=buffers[0])
-            ((_, y),) = _blocks(hidden_t[i : i + rows], weight_t, bias_t, temp, vocab, buffer=buffers[1])
-            for logp, logq in zip(x.split(small), y.split(small), strict=True):
-                r = slice(i, i := i + len(logp))
-                lse[r], lse_t[r] = _log_softmax_(logp), _log_softmax_(logq)
-                logm = _log_mixture(logp, logq, beta)
-                mean[r] = torch.linalg.vecdot(logp.exp(), logp - logm)  # the gradient needs it too
-                kl_q = torch.linalg.vecdot(logq.exp(), logq - logm)
-                loss[r] = (beta or 1) * kl_q + (1 - beta or 1) * mean[r]
-        ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, mean)
-        block = block // 4 if block else _default_block(hidden, cpu=20, cuda=25)
-        ctx.args = beta, temp, vocab, block
+    def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk):
+        N = len(hidden)
+        rows = max(1, (chunk or _default_chunk(hidden, cpu=26, cuda=28)) // (4 * vocab))
+        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu=20)) // vocab)  # as many as a CPU's cache holds
+        loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
+        buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
+        v = slice(0, vocab)
+        for start in range(0, N, rows):
+            part = slice(start, min(start + rows, N))
+            n = part.stop - start
+            logits = _logits_(buffers[0, :n], hidden[part], weight, bias, v, temperature)
+            logits_t = _logits_(buffers[1, :n], hidden_t[part], weight_t, bias_t, v, temperature)
+            for i in range(0, n, cached_rows):
+                logp, logq = logits[i : i + cached_rows], logits_t[i : i + cached_rows]
+                r = slice(start + i, start + i + len(logp))
+                lse[r] = _log_softmax_(logp)  # logp and logq hold log-probs from here on
+                lse_t[r] = _log_softmax_(logq)
+                loss[r], kl_p[r] = _divergence(logp, logq, beta)
+        ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p)
+        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu=20, cuda=25)
+        ctx.options = beta, temperature, vocab, chunk
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     def backward(ctx, grad, _):
-        hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, mean = ctx.saved_tensors
-        beta, temperature, vocab, block = ctx.args
-        grads = [torch.zeros_like(hidden, dtype=torch.float32), *_zeros(weight, bias)]
-        student = _blocks(hidden, weight, bias, temperature, vocab, block)
-        teacher = _blocks(hidden_t, weight_t, bias_t, temperature, vocab, block)
-        for (v, logp), (_, logq) in zip(student, teacher, strict=True):
-            logp -= lse[:, None]
-            logq -= lse_t[:, None]
-            if beta == 0:
-                d = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
-            else:  # d/dz of (1 - beta) KL(p||m) + beta KL(q||m) is (1 - beta) p (log p - log m - mean)
-                p = logp.exp().mul_(grad[:, None] * (1 - beta or 1))
-                d = logp.sub_(_log_mixture(logp, logq, beta)).sub_(mean[:, None]).mul_(p)
-            _backward_block(d, hidden, weight, v, temperature, *grads)
+        hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p = ctx.saved_tensors
+        beta, temperature, vocab, chunk = ctx.options
+        grads = _zero_grads(hidden, weight, bias)
+        student = _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk)
+        teacher = _vocabulary_chunks(hidden_t, weight_t, bias_t, temperature, vocab, chunk)
+        for (v, logits), (_, logits_t) in zip(student, teacher, strict=True):
+            logp = logits.sub_(lse[:, None])  # [N, chunk of V], in place
+            logq = logits_t.sub_(lse_t[:, None])
+            if beta == 0:  # d KL(q || p) / d logits = p - q
+                d_logits = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
+            else:  # d KL(p || m) / d logits = p (log p - log m - KL(p || m)); what comes through m cancels in JSD
+                weight_p = 1 if beta == 1 else 1 - beta
+                p = logp.exp().mul_(grad[:, None] * weight_p)
+                d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(p)
+            _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
         return grads[0].to(hidden.dtype), *grads[1:], *[None] * 7
 
 
+def _divergence(logp, logq, beta):
+    """(divergence [n], KL(p || m) [n], which the gradient needs) of log-probs [n, V]; for beta 0 the latter is unused."""
+    if beta == 0:  # KL(q || p)
+        return torch.linalg.vecdot(logq.exp(), logq - logp), 0.0
+    logm = _log_mixture(logp, logq, beta)
+    kl_p = torch.linalg.vecdot(logp.exp(), logp - logm)
+    if beta == 1:  # KL(p || q)
+        return kl_p, kl_p
+    kl_q = torch.linalg.vecdot(logq.exp(), logq - logm)
+    return beta * kl_q + (1 - beta) * kl_p, kl_p
+
+
 def _log_mixture(logp, logq, beta):
-    """log m; the two limits compare with the other side itself."""
-    if beta in (0, 1):
-        return logq if beta == 1 else logp
+    """log m, m = beta q + (1 - beta) p; for beta = 1 that is log q itself."""
+    if beta == 1:
+        return logq
     return logp.exp().lerp_(logq.exp(), beta).clamp_(min=torch.finfo(logp.dtype).tiny).log_()
 
 
 # -----------------------------------------------------------------------------
-# blocks
+# pieces of the head. A trailing _ in a name: it writes into its first argument
 
 
-def _default_block(x, cpu=21, cuda=27):
-    """Elements. On a CPU a block that stays in the cache: several passes go over it between the matmuls."""
+def _default_chunk(x, cpu=21, cuda=27):
+    """Elements. On a CPU a chunk should stay in the cache, since several passes go over it between two matmuls."""
     return 1 << (cuda if x.is_cuda else cpu)
 
 
 def _mm(a, b, out=None):
-    """a @ b with fp32 accumulation and an fp32 result; bf16 stays on the tensor cores, and is upcast on CPU."""
+    """a @ b, accumulated and returned in fp32. bf16 stays on a GPU's tensor cores, and is converted on a CPU."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)
 
 
-def _blocks(hidden, weight, bias, temperature, vocab, block=None, buffer=None):
-    """Yields (v, logits [N, |v|] / temperature), v a slice of the vocabulary. The buffer is used again."""
-    N = hidden.shape[0]
-    width = min(vocab, max(1, block // max(N, 1))) if block else vocab
-    buffer = hidden.new_empty(N * width, dtype=torch.float32) if buffer is None else buffer
+def _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
+    """Yields (v, logits / temperature [N, |v|]) for slices v of the vocabulary; every chunk is in the same buffer."""
+    N = len(hidden)
+    width = min(vocab, max(1, chunk // max(N, 1)))
+    buffer = hidden.new_empty(N * width, dtype=torch.float32)
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))
-        out = buffer[: N * (v.stop - v.start)].view(N, v.stop - v.start)
+        out = buffer[: N * (v.stop - start)].view(N, v.stop - start)
         yield v, _logits_(out, hidden, weight, bias, v, temperature)
 
 
 def _logits_(out, hidden, weight, bias, v, temperature):
     """out [N, |v|] becomes the logits / temperature of v, a slice of the vocabulary."""
-    tile = out.shape[1] if out.is_cuda else 1024  # a CPU multiplies few rows faster by pieces of the weight
-    for piece, part in zip(weight[v].split(tile), out.split(tile, 1), strict=True):
-        _mm(hidden, piece.T, part)
+    columns = out.shape[1] if out.is_cuda else 1024  # with few rows, a CPU multiplies faster by pieces of the weight
+    for weight_piece, out_piece in zip(weight[v].split(columns), out.split(columns, 1), strict=True):
+        _mm(hidden, weight_piece.T, out_piece)
     if bias is not None:
         out += bias[v]
     return out if temperature == 1 else out.div_(temperature)
 
 
-def _log_softmax_(x: Tensor) -> Tensor:
-    """x [N, W] becomes its log_softmax, in one fused pass; returns its logsumexp [N] in fp64."""
-    some = x[:, :16].double()  # what the pass takes off; a mean, because each result is rounded
+def _log_softmax_(x):
+    """x [N, W] becomes its log_softmax; returns its logsumexp [N] in fp64.
+
+    torch's log_softmax is one fused pass, three times faster than logsumexp, but keeps the logsumexp to itself. It is what
+    every element has lost: the mean over a few of them, because each one is rounded.
+    """
+    before = x[:, :16].double()
     torch.log_softmax(x, 1, out=x)
-    return (some - x[:, :16]).nanmean(1)  # nan where a bias of -inf bans a token
+    return (before - x[:, :16]).nanmean(1)  # inf - inf is NaN, where a bias of -inf bans a token
 
 
-def _zeros(weight, bias):
-    return torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+def _zero_grads(hidden, weight, bias):
+    """Gradients to add to; that of hidden in fp32."""
+    d_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+    return d_hidden, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
 
 
-def _backward_block(d, hidden, weight, v, temperature, dh, dw, db):
-    """Adds one block's part to the gradients; d [N, |v|] is the gradient of logits / temperature."""
+def _add_chunk_grads(d_logits, v, hidden, weight, temperature, d_hidden, d_weight, d_bias):
+    """Backpropagates d_logits [N, |v|], the gradient of logits / temperature in the slice v of the vocabulary."""
     if temperature != 1:
-        d /= temperature
-    if db is not None:
-        db[v] = d.sum(0)
-    if d.is_cuda:
-        d = d.to(hidden.dtype)
-        dh += _mm(d, weight[v])
+        d_logits /= temperature
+    if d_bias is not None:
+        d_bias[v] = d_logits.sum(0)
+    if d_logits.is_cuda:
+        d_logits = d_logits.to(hidden.dtype)
+        d_hidden += _mm(d_logits, weight[v])
     else:  # in place: a temporary [N, H] would grow with N
-        dh.addmm_(d, weight[v].float())
-    dw[v] = _mm(d.T, hidden)
+        d_hidden.addmm_(d_logits, weight[v].float())
+    d_weight[v] = _mm(d_logits.T, hidden)
 
 
-def _rows_logits(hidden, weight, bias, ids, temperature, block):
-    """z [N, K] from K rows of the weight a position."""
-    rows = max(1, block // (ids.shape[1] * hidden.shape[1]))
+def _logits_at(ids, hidden, weight, bias, temperature, chunk):
+    """z [N, K]: logits / temperature at ids [N, K], from K rows of the weight per position."""
+    rows = max(1, chunk // (ids.shape[1] * hidden.shape[1]))
     parts = zip(hidden.split(rows), ids.split(rows), strict=True)
     z = torch.cat([torch.bmm(weight[i].float(), h.float()[:, :, None])[:, :, 0] for h, i in parts])
     return (z if bias is None else z + bias[ids]).div_(temperature)
 
 
-def _rows_backward(hidden, weight, bias, ids, temperature, block, grad_z):
-    """(dh, dw, db) of z alone. Repeated ids add up in fp32, on the touched rows only."""
+def _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk):
+    """Gradients of (hidden, weight, bias) from grad_z [N, K]. Only the rows of weight that ids name are touched.
+
+    Ids that occur often add up in fp32, in a compact copy of the rows in use, and are rounded once.
+    """
     grad_z = grad_z / temperature
-    dh, (dw, db) = torch.empty_like(hidden), _zeros(weight, bias)
-    exact = weight.dtype == torch.float32
-    used, slot = (None, ids) if exact else torch.unique(ids, return_inverse=True)
-    total = dw if exact else weight.new_zeros(len(used), weight.shape[1], dtype=torch.float32)
-    rows = max(1, block // (ids.shape[1] * hidden.shape[1]))
-    for r in (slice(i, i + rows) for i in range(0, len(ids), rows)):
-        dh[r] = torch.bmm(grad_z[r, None], weight[ids[r]].float())[:, 0]
-        outer = grad_z[r, :, None] * hidden[r, None].float()  # [|r|, K, H]
+    d_hidden = torch.empty_like(hidden)
+    _, d_weight, d_bias = _zero_grads(hidden[:0], weight, bias)
+    used, slot = torch.unique(ids, return_inverse=True)  # ids = used[slot]
+    total = weight.new_zeros(len(used), weight.shape[1], dtype=torch.float32)
+    rows = max(1, chunk // (ids.shape[1] * hidden.shape[1]))
+    for start in range(0, len(ids), rows):
+        r = slice(start, start + rows)
+        d_hidden[r] = torch.bmm(grad_z[r, None], weight[ids[r]].float())[:, 0]
+        outer = grad_z[r, :, None] * hidden[r, None].float()  # [rows, K, H]
         total.index_add_(0, slot[r].flatten(), outer.flatten(0, 1))
-    if not exact:
-        dw[used] = total.to(dw.dtype)
-    if db is not None:
-        db.index_add_(0, ids.flatten(), grad_z.flatten().to(db.dtype))
-    return dh, dw, db
+    d_weight[used] = total.to(d_weight.dtype)
+    if d_bias is not None:
+        d_bias.index_add_(0, ids.flatten(), grad_z.flatten().to(d_bias.dtype))
+    return d_hidden, d_weight, d_bias

@@ -1,127 +1,191 @@
-"""A step's metrics over all ranks, and where they go: metrics.jsonl, W&B, TensorBoard."""
+"""What a step measures, over all ranks, and where it goes: metrics.jsonl, W&B, TensorBoard."""
 
 import json
 import math
 import os
+import time
 import zlib
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from checkpoint import stop
-from evaluate import gather
+from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, write_file
 from gating import gate_stats
-from policy import training_flops
-from report import write
 
-# Dense bf16 FLOP/s by what a GPU's name contains, for the model FLOPs utilisation (mfu); other GPUs get none.
-PEAK = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12, "B200": 2250e12}
-
-# A sampler this far from the trainer (mean |difference| of log-probs on sampled tokens, nats) holds other weights.
+# A sampler this far from the trainer holds other weights: mean |difference| of log-probs on sampled tokens, in nats.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 
 
-def make_logger(cfg, out, step):
-    """log(metrics): a line of metrics.jsonl, and W&B or TensorBoard where asked for.
+class Logger:
+    """log(row) appends to metrics.jsonl on rank 0, and to W&B or TensorBoard if asked for.
 
-    A run that goes on after `step` (0: it starts) drops what a killed one wrote beyond it, and a torn last line.
-    Values that are not finite are left out, as JSON has none.
+    A run that goes on from step `start` first drops what it wrote beyond it before it was killed, and a torn last line.
     """
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return lambda _: None
-    path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() and step else []
-    write(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
-    if cfg.log == "wandb":
-        import wandb
 
-        wandb.init(project="opd-gating", name=out.name, config=asdict(cfg), resume="allow")
-    if cfg.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out)
-
-    def log(metrics):
-        metrics = {name: x for name, x in metrics.items() if isinstance(x, list) or math.isfinite(x)}
-        with path.open("ab", buffering=0) as file:
-            file.write((json.dumps(metrics) + "\n").encode())
-            os.fsync(file.fileno())
-        scalars = {name: x for name, x in metrics.items() if not isinstance(x, list)}
+    def __init__(self, cfg, start):
+        self.path = Path(cfg.out) / "metrics.jsonl"
+        self.wandb = self.tensorboard = None
+        if rank() > 0:
+            return
+        rows = read_jsonl(self.path) if self.path.exists() and start else []
+        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
         if cfg.log == "wandb":
-            wandb.log(scalars, step=metrics["step"])
+            import wandb
+
+            wandb.init(project="opd-gating", name=self.path.parent.name, config=asdict(cfg), resume="allow")
+            self.wandb = wandb
         if cfg.log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(self.path.parent)
+
+    def log(self, row):
+        """All ranks call it with the same row, and exit in one line if it cannot be written."""
+        on_all_ranks(self.write, row)
+
+    def write(self, row):
+        if rank() > 0:
+            return
+        row = {name: x for name, x in row.items() if isinstance(x, list) or math.isfinite(x)}  # JSON has no NaN
+        with self.path.open("ab", buffering=0) as file:
+            file.write((json.dumps(row) + "\n").encode())
+            os.fsync(file.fileno())
+        scalars = {name: x for name, x in row.items() if not isinstance(x, list)}
+        if self.wandb:
+            self.wandb.log(scalars, step=row["step"])
+        if self.tensorboard:
             for name, x in scalars.items():
-                writer.add_scalar(name, x, metrics["step"])
+                self.tensorboard.add_scalar(name, x, row["step"])
 
-    return log
-
-
-def has_evaluation(out, step):
-    """Whether metrics.jsonl has the evaluation after a step: a run can be stopped between the two."""
-    path = out / "metrics.jsonl"
-    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
-    return any(row["step"] == step and any(name.startswith("eval") for name in row) for row in rows)
-
-
-def mfu(policy, batches, epochs, seconds):
-    """Share of this rank's peak that the updates' model FLOPs are; {} on unknown hardware."""
-    name = torch.cuda.get_device_name() if next(policy.parameters()).is_cuda else ""
-    peak = next((x for key, x in PEAK.items() if key in name), None)
-    lengths = [len(ids) for batch in batches for ids, _ in batch.sequences()]
-    return {"mfu": training_flops(policy, lengths) * epochs / seconds / peak} if peak else {}
+    def has_evaluation(self, step):
+        """Whether the evaluation after this step is there already: a run can be stopped between saving and evaluating."""
+        found = False
+        if rank() == 0:
+            rows = [row for row in read_jsonl(self.path) if row["step"] == step]
+            found = any(name.startswith("eval") for row in rows for name in row)
+        return gather(found)[0]
 
 
-def summary(cfg, policy, rollouts, batches, checked, updates, clock):
-    """A step's metrics over all ranks. checked: [(batch, the trainer's log-probs beside the sampler's)]. Gate and loss diagnostics are of its last epoch, where drift is largest."""
-    tokens, n = sum(len(r.response) for r in rollouts), len(rollouts)
+class Clock:
+    """Seconds of each phase of a step: clock.lap("rollout") ends the phase of that name."""
+
+    def __init__(self, device):
+        self.device = device
+        self.seconds = {}
+        self.last = self.now()
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()  # kernels run behind the Python that starts them
+        return time.perf_counter()
+
+    def lap(self, phase):
+        now = self.now()
+        self.seconds[phase] = now - self.last
+        self.last = now
+
+    def metrics(self, rollouts, epochs):
+        """time/PHASE in seconds, and tokens_per_s/PHASE in response tokens; the update sees each token once per epoch."""
+        tokens = sum(len(r.response) for r in rollouts)
+        found = {}
+        for phase, seconds in self.seconds.items():
+            found[f"time/{phase}"] = seconds
+            found[f"tokens_per_s/{phase}"] = tokens * (epochs if phase == "update" else 1) / seconds
+        return found
+
+
+def of_rollouts(rollouts) -> dict:
+    """Of a step's rollouts, which every rank has: lengths in tokens, shares of them, and a checksum."""
+    n = len(rollouts)
+    tokens = sum(len(r.response) for r in rollouts)
     texts = [(tuple(r.prompt), tuple(r.response)) for r in rollouts]
-    metrics = {"rollout/tokens": tokens, "rollout/length": tokens / n}
-    metrics["rollout/truncated"] = sum(r.finish == "length" for r in rollouts) / n
-    metrics["rollout/empty"] = sum(not r.response for r in rollouts) / n
-    metrics["rollout/distinct"] = len(set(texts)) / n
-    metrics["rollout/checksum"] = zlib.crc32(repr(texts).encode())  # equal runs have equal rollouts
-    times = list(clock.items())
-    for (_, before), (phase, after) in zip(times, times[1:], strict=False):
-        t = after - before
-        metrics[f"time/{phase}"] = t
-        metrics[f"tokens_per_s/{phase}"] = tokens * (cfg.epochs if phase == "update" else 1) / t
-    metrics |= mfu(policy, batches, cfg.epochs, metrics["time/update"])
+    return {
+        "rollout/tokens": tokens,
+        "rollout/length": tokens / n,
+        "rollout/truncated": sum(r.finish == "length" for r in rollouts) / n,
+        "rollout/empty": sum(not r.response for r in rollouts) / n,
+        "rollout/distinct": len(set(texts)) / n,
+        "rollout/checksum": zlib.crc32(repr(texts).encode()),  # two runs that agree in it had the same rollouts
+    }
+
+
+def of_updates(updates, batches, epochs) -> dict:
+    """Of a step's updates [(result, per-token tensors of each micro-batch)]; {} if there were none.
+
+    Loss and gradient norm are means over all updates that were not skipped. The per-token metrics are of the last epoch,
+    where drift is largest. gap: mean of log pi_old - log q, which estimates the reverse KL of student to teacher.
+    """
     if not updates:
-        return metrics
-    tracks, results = zip(*updates, strict=True)
-    last = [track for part in tracks[-(len(tracks) // cfg.epochs) :] for track in part]
-    flat = {name: [track[name] for track in last] for name in last[0]}
-    flat["gap"] = [b.old - b.targets["logp"].to(b.old.device) for b in batches if b.old is not None]
-    flat["out_of_step"] = [(logp - b.sampler_logp).abs() for b, logp in checked]
-    flat = {name: torch.cat(xs).float().cpu() for name, xs in flat.items() if xs}
-    parts = gather(flat)
-    flat = {name: torch.cat([part[name] for part in parts]) for name in flat}
-    where, good = flat.pop("where"), [x for x in results if not x["skipped"]]
-    metrics |= {name: sum(x[name] for x in good) / len(good) for name in ("loss", "grad_norm") if good}
-    metrics["skipped"] = len(results) - len(good)
-    if "g" in flat:
-        g, s, d = (flat.pop(name) for name in "gsd")
-        metrics |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d, torch.ones_like(g)).items()}
-        metrics["gate/by_position"] = by_position(g, where).tolist()
-    if "out_of_step" in flat:
-        metrics["rollout/out_of_step_max"] = flat["out_of_step"].max().item()
-        metrics["rollout/out_of_step"] = flat.pop("out_of_step").mean().item()
-    return metrics | {name if name == "gap" else f"loss/{name}": x.mean().item() for name, x in flat.items()}
+        return {}
+    good = [result for result, _ in updates if not result["skipped"]]
+    row = {name: sum(result[name] for result in good) / len(good) for name in ("loss", "grad_norm") if good}
+    row["skipped"] = len(updates) - len(good)
+
+    last_epoch = updates[-(len(updates) // epochs) :]
+    parts = [tensors for _, per_token in last_epoch for tensors in per_token]  # one dictionary per micro-batch
+    tokens = {name: all_tokens([part[name] for part in parts]) for name in parts[0] if name != "loss"}
+    g, s, d, position = (tokens.pop(name) for name in ("g", "s", "d", "position"))
+    row |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d).items()}
+    row["gate/by_position"] = by_position(g, position).tolist()
+    row |= {f"loss/{name}": x.mean().item() for name, x in tokens.items()}
+    row["gap"] = all_tokens([b.logp_old - b.teacher["logp"].to(b.logp_old.device) for b in batches]).mean().item()
+    return row
 
 
-def by_position(x, where):
-    """Means [20] of x [N] over twentieths of the responses; where [N] is the position in (0, 1)."""
-    total = torch.zeros(2, 20, device=x.device)
-    total.index_add_(1, (where * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
-    return total[0] / total[1].clamp(min=1)
+def sampler_mismatch(batches, rescored) -> dict:
+    """|log-prob of the trainer - log-prob of the sampler| on the sampled tokens, in nats: mean and largest.
+
+    rescored: the trainer's log-probs at temperature 1 of the first micro-batch, or None if all old log-probs are at 1.
+    """
+    if rescored is None:
+        differences = [batch.logp_old - batch.logp_sampler for batch in batches]
+    else:
+        differences = [logp - batch.logp_sampler for logp, batch in zip(rescored, batches, strict=False)]
+    if not any(gather(len(differences))):
+        return {}
+    off = all_tokens(differences).abs()
+    return {"rollout/out_of_step": off.mean().item(), "rollout/out_of_step_max": off.max().item()}
 
 
-def check_in_step(row, device):
+def check_sampler(row, device):
     """Stops a run whose sampler holds other weights than the trainer."""
     off, bound = row.get("rollout/out_of_step", 0), OUT_OF_STEP[device.type]
-    if not off <= bound:  # NaN too
-        stop(
+    if not off <= bound:  # NaN, too
+        exit_all(
             f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
             f"{off:.2g} nats on average, over the bound of {bound:g}, at step {row['step']}"
         )
+
+
+def count_bad_updates(n_before, result, per_token, batches, problem_ids, cfg):
+    """Updates in a row, this one included, whose loss or gradient was not finite. After cfg.max_bad_updates, all exit.
+
+    Each is reported with its problems: those with a loss that is not finite or, if only the gradient is not, all of them.
+    """
+    if not result["skipped"]:
+        return 0
+    n = n_before + 1
+    every = {tuple(r.prompt) for batch in batches for r in batch.rollouts}
+    bad = set()
+    for batch, tensors in zip(batches, per_token, strict=True):
+        bad |= {tuple(batch.rollouts[row].prompt) for row in batch.rows[~tensors["loss"].isfinite()].tolist()}
+    prompts = set().union(*gather(bad)) or set().union(*gather(every))
+    names = ", ".join(sorted(problem_ids[prompt] for prompt in prompts))
+    say(f"update skipped, {n} in a row: its loss or gradient is not finite. Problems: {names}")
+    if cfg.max_bad_updates and n >= cfg.max_bad_updates:
+        exit_all(f"{n} updates in a row were not finite (--max_bad_updates); the checkpoints hold none of them")
+    return n
+
+
+def all_tokens(parts):
+    """Tensors [n] of this rank's micro-batches, to one tensor over all ranks, on the host."""
+    mine = torch.cat(parts).float().cpu() if parts else torch.zeros(0)
+    return torch.cat(gather(mine))
+
+
+def by_position(x, position):
+    """Means [20] of x [N] over twentieths of the responses; position [N] in (0, 1)."""
+    total = torch.zeros(2, 20, device=x.device)
+    total.index_add_(1, (position * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
+    return total[0] / total[1].clamp(min=1)

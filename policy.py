@@ -1,63 +1,119 @@
-"""The student and the teacher: loading, FSDP2, and what one forward pass over a batch gives.
-
-The language-model head runs inside Policy.forward, on response positions alone, so that FSDP2 gathers
-its weight once per micro-batch and reduces its gradient like any other, tied to the embedding or not.
-"""
+"""Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits."""
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from losses import head_kl, head_logits, head_topk, lsm_loss, opd_loss, tail_loss
-
-TOPK = ("lsm", "fkl_topk", "tail_topk")
-FULL_KL = {"rkl": 1.0, "fkl": 0.0, "jsd": None}  # beta; jsd takes --beta
+import data
+from common import say
+from losses import head_logits
 
 
 class Policy(nn.Module):
-    """A causal LM whose forward is `head(hidden [N, H], weight [V', H], bias [V'] or None)`."""
+    """A causal language model whose forward pass ends in a function of the head's weights, not in logits.
 
-    def __init__(self, lm, vocab):
+    vocab: how many ids mean the same to student and teacher; further rows of the embedding are padding.
+    """
+
+    def __init__(self, lm, vocab, dtype=torch.float32):
         super().__init__()
-        self.lm, self.vocab = lm, vocab
-        self.dtype = torch.float32  # of the files it came from, and of those it is saved to
-        self.teacher_head = None  # (weight, bias) of the teacher, on the student, for full-vocabulary losses
+        self.lm = lm
+        self.vocab = vocab
+        self.dtype = dtype  # of the files that it came from, and of those that it will be saved to
 
-    def forward(self, batch, head):
-        with torch.autocast(batch.ids.device.type, torch.bfloat16, enabled=batch.ids.is_cuda):
-            hidden = self.lm.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state
+    def forward(self, ids, rows, cols, head):
+        """head(hidden [N, H], weight [V', H], bias [V'] or None), with the hidden states at ids[rows, cols].
+
+        It runs in here because FSDP2 gathers the weights for the time of forward(), once per micro-batch, and reduces
+        the head's gradient like any other, whether it is tied to the embedding or not.
+        """
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+            hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
         out = self.lm.get_output_embeddings()
-        hidden = hidden[batch.rows, batch.cols]  # [N, H], the positions that predict the response
+        hidden = hidden[rows, cols]  # [N, H]: only the positions that predict a response token go through the head
         if hidden.is_cuda:  # autocast leaves the last norm's output in fp32
             hidden = hidden.to(torch.bfloat16)
         return head(hidden, out.weight.to(hidden.dtype), out.bias)
 
 
+def score(policy, batch, temperature):
+    """[N] log pi(y_t) of the batch's response tokens, with gradient where it is enabled."""
+
+    def head(hidden, weight, bias):
+        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, temperature=temperature, vocab=policy.vocab)
+        return z[:, 0] - lse
+
+    return policy(batch.ids, batch.rows, batch.cols, head)
+
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+def model_paths(cfg):
+    """{role: folder or hub name} of the models that this process loads; "toy" is trained here if it does not exist yet."""
+    paths = {"student": cfg.student}
+    if not cfg.teacher_url:
+        paths["teacher"] = cfg.teacher
+    if "toy" in paths.values():
+        import toy
+
+        teacher, student = toy.models()
+        folders = {"teacher": teacher, "student": student}
+        paths = {role: folders[role] if path == "toy" else path for role, path in paths.items()}
+    return paths
+
+
+def load_tokenizer(paths, cfg):
+    """(the student's tokenizer, the size of the shared vocabulary). ValueError if student and teacher do not fit."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    code = {"trust_remote_code": cfg.trust_remote_code}
+    tokenizers = {role: AutoTokenizer.from_pretrained(path, **code) for role, path in paths.items()}
+    tokenizer = tokenizers["student"]
+    vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
+    for role, path in paths.items():
+        config = AutoConfig.from_pretrained(path, **code)
+        vocab = min(vocab, config.vocab_size)
+        context = getattr(config, "max_position_embeddings", None)
+        if context and cfg.max_prompt + cfg.max_response > context:
+            raise ValueError(
+                f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} tokens do not fit "
+                f"the {role}'s context of {context}"
+            )
+    if cfg.topk > vocab:
+        raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
+    return tokenizer, vocab
+
+
 def load_policy(path, cfg, vocab, device, *, trainable):
-    """Trainable: fp32 master weights, bf16 compute on CUDA. Otherwise bf16 on CUDA, fp32 on CPU. Sharded over all ranks."""
+    """The student (trainable): fp32 master weights, bf16 compute on CUDA. The teacher: bf16 on CUDA, fp32 on a CPU.
+
+    With several ranks, sharded over all of them. ValueError for a model whose logits are more than weight @ hidden + bias.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    code = {"trust_remote_code": cfg.trust_remote_code}
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    kwargs = dict(dtype=dtype, trust_remote_code=cfg.trust_remote_code)
-    lm = AutoModelForCausalLM.from_pretrained(path, **kwargs).requires_grad_(trainable)
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **code).requires_grad_(trainable)
     check_head(lm, path)
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.train()
-    policy = Policy(lm, vocab)
-    policy.dtype = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).dtype or torch.float32
+        lm.train()  # transformers checkpoints in training mode only
+    file_dtype = AutoConfig.from_pretrained(path, **code).dtype or torch.float32
+    policy = Policy(lm, vocab, file_dtype)
     if dist.is_initialized():
         shard(policy, device)  # moves to the device what it keeps, layer by layer
     return policy.to(device)
 
 
 def shard(policy, device):
-    """FSDP2, block by block. It averages gradients over the ranks."""
+    """FSDP2, layer by layer. It averages gradients over the ranks."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    half = torch.bfloat16 if device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32)
+    bf16 = torch.bfloat16 if device.type == "cuda" else None
+    precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in policy.lm.get_decoder().layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
@@ -66,27 +122,60 @@ def shard(policy, device):
 
 @torch.no_grad()
 def check_head(lm, path):
-    """Stops for models whose logits are not weight @ hidden + bias (scaled or soft-capped, as in Gemma)."""
+    """ValueError for models that scale or cap their logits after the head, as Gemma 2 does: losses.py would be wrong."""
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()
-    hidden, out = (lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:], lm.get_output_embeddings())
+    hidden = lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
+    out = lm.get_output_embeddings()
     ours = nn.functional.linear(hidden, out.weight, out.bias)[0].float()
     if not torch.allclose(ours, logits, rtol=2e-2, atol=2e-2 * logits.std().item()):
         raise ValueError(f"{path} scales or caps its logits after the head, which losses.py does not do")
 
 
-def training_flops(policy, lengths):
-    """FLOPs of one forward and backward pass over sequences of these lengths, 6 a parameter and token and causal attention.
+# -----------------------------------------------------------------------------
+# stop tokens
 
-    Without recomputation, and with the head at every position, as model FLOPs utilisation is usually counted.
-    """
-    config = policy.lm.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_hidden_layers * config.num_attention_heads * head_dim
-    size = sum(p.numel() for p in policy.lm.parameters())
-    if not config.tie_word_embeddings:
-        size -= policy.lm.get_input_embeddings().weight.numel()  # looked up, not multiplied
-    return sum(6 * size * n + 6 * width * n**2 for n in lengths)
+
+def stops_of(path, tokenizer) -> list[int]:
+    """stop_ids of a model's folder or hub name. Not every model comes with a generation_config.json."""
+    from transformers import GenerationConfig
+
+    try:
+        return stop_ids(tokenizer, GenerationConfig.from_pretrained(path))
+    except OSError:
+        return stop_ids(tokenizer)
+
+
+def stop_ids(tokenizer, generation_config=None) -> list[int]:
+    """The EOS ids of both, and the chat template's end of turn, which a base model's files often name nowhere else."""
+    found = turn_ends(tokenizer)
+    for owner in (tokenizer, generation_config):
+        ids = getattr(owner, "eos_token_id", None)
+        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
+    return sorted(found)
+
+
+def turn_ends(tokenizer) -> set[int]:
+    """The first special token that the chat template puts behind an answer; empty if there is none."""
+    if not getattr(tokenizer, "chat_template", None):
+        return set()
+    chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
+    _, answer, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if answer else []
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return set([i for i in ids if i in special][:1])
+
+
+def describe_prompt(prompt_ids, tokenizer, paths):
+    """Prints a prompt as the student will see it, and warns if teacher and student end their answers differently."""
+    stops = {role: stops_of(path, tokenizer) for role, path in paths.items()}
+    if stops.get("teacher", stops["student"]) != stops["student"]:
+        say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
+    say(f"the first prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
+
+
+# -----------------------------------------------------------------------------
+# whole tensors, of a sharded model or not
 
 
 def full_tensor(x):
@@ -94,88 +183,13 @@ def full_tensor(x):
 
 
 def head_weights(policy):
-    """(weight, bias) of the head, whole on every rank, without gradient."""
+    """(weight, bias or None) of the head, whole on every rank, without gradient. A collective."""
     out = policy.lm.get_output_embeddings()
-    return full_tensor(out.weight).detach(), None if out.bias is None else full_tensor(out.bias).detach()
+    bias = None if out.bias is None else full_tensor(out.bias).detach()
+    return full_tensor(out.weight).detach(), bias
 
 
 def full_weights(policy):
-    """(name, full tensor) of the state dict, one tensor at a time; a collective: every rank must walk it."""
+    """Yields (name, full tensor) of the state dict, one at a time. A collective: every rank must walk through it."""
     for name, weight in policy.lm.state_dict().items():
         yield name, full_tensor(weight)
-
-
-@torch.no_grad()
-def teacher_targets(teacher, batch, cfg):
-    """What the loss needs of the teacher {name: [N, ...]}, on the CPU: computed once, it serves every epoch."""
-
-    def head(hidden, weight, bias):
-        k = cfg.topk if cfg.loss in TOPK else 1
-        at = dict(ids=batch.tokens[:, None], temperature=cfg.temperature, vocab=teacher.vocab)
-        ids, logq, logp = head_topk(hidden, weight, k, bias, **at)
-        targets = {"logp": logp[:, 0], "ids": ids, "logq": logq}
-        return targets | {"hidden": hidden} if cfg.loss in FULL_KL else targets
-
-    return {name: x.cpu() for name, x in teacher(batch, head).items()}
-
-
-def score(policy, batch, temperature):
-    """[N] log-probs of the batch's response tokens."""
-
-    def head(hidden, weight, bias):
-        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, temperature=temperature, vocab=policy.vocab)
-        return z[:, 0] - lse
-
-    return policy(batch, head)
-
-
-def position_loss(policy, batch, cfg, want_logp=True):
-    """One forward pass: (logp [N] of the sampled tokens, loss [N], diagnostics {name: [N]}).
-
-    The first pass over a batch fills batch.old. The top-k losses need the student's logits at K ids
-    alone; logp, for the gate, then costs one pass over the vocabulary without gradient, and is None
-    where nothing asks for it (want_logp=False).
-    """
-    t = {name: x.to(batch.ids.device) for name, x in batch.targets.items()}
-    if cfg.loss == "opd":
-        logp = score(policy, batch, cfg.temperature)
-        batch.keep_old(logp)
-        clips = (cfg.clip_low or None, cfg.clip_high or None, cfg.dual_clip or None)
-        return logp, *opd_loss(logp, batch.old, t["logp"], *clips)
-
-    tokens, at = batch.tokens[:, None], dict(temperature=cfg.temperature, vocab=policy.vocab)
-    exact = cfg.loss == "tail_topk" or not cfg.renormalise  # true probabilities: lse needs its gradient
-
-    def kl_head(hidden, weight, bias):
-        beta = cfg.beta if cfg.loss == "jsd" else FULL_KL[cfg.loss]
-        weight_t, bias_t = policy.teacher_head
-        kl, lse = head_kl(hidden, weight, t["hidden"], weight_t, bias, bias_t, beta=beta, **at)
-        z, _ = head_logits(hidden.detach(), weight.detach(), tokens, bias, temperature=cfg.temperature, lse=False)
-        return z[:, 0] - lse, kl
-
-    def topk_head(hidden, weight, bias):
-        ids = torch.cat([tokens, t["ids"]], 1)
-        z, lse = head_logits(hidden, weight, ids, bias, lse=want_logp or exact, **at)
-        return z, lse if exact or lse is None else lse.detach()
-
-    if cfg.loss in FULL_KL:
-        logp, loss = policy(batch, kl_head)
-        batch.keep_old(logp)
-        return logp, loss, {}
-    z, lse = policy(batch, topk_head)
-    logp = None if lse is None else (z[:, 0] - lse).detach()
-    batch.keep_old(logp)
-    there = t["logq"] > -torch.inf  # a server may have given fewer than K
-    inside = ((t["ids"] == tokens) & there).any(1)
-    support = torch.cat([(~inside & cfg.add_sampled)[:, None], there], 1)
-    z = z.masked_fill(~support, -torch.inf)
-    info = {"outside": (~inside).float(), "teacher_mass": t["logq"].exp().sum(1)}
-    if lse is not None:
-        info["student_mass"] = (z[:, 1:] - lse[:, None]).detach().exp().sum(1)
-    if cfg.loss == "tail_topk":
-        return logp, tail_loss(z[:, 1:] - lse[:, None], t["logq"]), info
-    logq = torch.cat([t["logp"][:, None], t["logq"]], 1)
-    kind = dict(
-        renormalise=cfg.renormalise, log_ratio_clamp=cfg.log_ratio_clamp or None, forward=cfg.loss == "fkl_topk"
-    )
-    return logp, lsm_loss(z, logq, support, lse=lse, **kind), info

@@ -7,11 +7,11 @@ P problems, n samples of each, R runs
 import glob
 import json
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
+from common import read_jsonl, write_file
 from configs import BENCHMARKS
 from grade import UNGRADABLE
 from plot import pyplot
@@ -34,38 +34,15 @@ MEAN = "mean"  # the unweighted mean over benchmarks
 
 
 def read_rows(path: Path):
-    """The rows of a .jsonl file, or of a folder's samples.jsonl. A torn last line, which a kill leaves, is no row."""
+    """The rows of a .jsonl file, or of a folder's samples.jsonl."""
     path = path / "samples.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"no finished evaluation: {path} does not exist")
-    try:
-        return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    return read_jsonl(path)
 
 
-def write(path: Path, text: str):
-    """The whole text or the old file, whenever the process dies or the power goes."""
-    tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    tmp.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path):
-    """Flushes a file, or a folder's list of names, to the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def write_rows(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: a lone surrogate survives
+def write_rows(path: Path, rows):
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: a lone surrogate survives
 
 
 # -----------------------------------------------------------------------------

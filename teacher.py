@@ -1,19 +1,21 @@
-"""The teacher, a model in this process or a vLLM server: what the loss needs of it, once for each rollout batch.
+"""The teacher, a model in this process or a vLLM server: what the loss needs of it, once per rollout batch.
 
     teacher = load_teacher(cfg, path, tokenizer, vocab, device)     # --teacher_url: vllm serve MODEL --max-logprobs 32
-    targets = teacher.targets(batches)                              # one dictionary a micro-batch
+    targets = teacher.targets(batches)                              # one dictionary per micro-batch
 
-Targets are {"logp": [N], "ids": [N, K], "logq": [N, K]} on the CPU, fp32: the sampled token's log-prob, the K most
-likely tokens and theirs. Full-vocabulary losses, which need a model in this process, get {"hidden": [N, H]} besides.
+Targets are in fp32 on the host: {"logp": [N], the sampled token's log-prob; "ids": [N, K], the K most likely tokens;
+"logq": [N, K], theirs}. Full-vocabulary losses need a model in this process, and get {"hidden": [N, H]} as well.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from policy import FULL_KL, TOPK, head_weights, load_policy, teacher_targets
+from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES
+from losses import head_topk
+from policy import head_weights, load_policy
 
-REQUESTS = 32  # at once, from each rank
+REQUESTS = 32  # in flight, from each rank
 TIMEOUT = 10, 600  # seconds: to connect, and for an answer
 RETRIES = 5  # after pauses of 0, 1, 2, 4 and 8 s
 
@@ -25,29 +27,48 @@ def load_teacher(cfg, path, tokenizer, vocab, device):
 
 
 class LocalTeacher:
-    """A frozen Policy. With cfg.teacher_offload its weights wait in host memory between two rollout batches."""
+    """A frozen Policy. With cfg.teacher_offload its weights wait in host memory between two rollout batches.
+
+    head: its (weight, bias), if the loss is over the whole vocabulary; else None.
+    """
 
     def __init__(self, policy, cfg, device):
         self.policy, self.cfg, self.device = policy, cfg, device
-        self.head = head_weights(policy) if cfg.loss in FULL_KL else None
-        self.rest()
-
-    def rest(self):
-        if self.cfg.teacher_offload:
-            self.policy.to("cpu")
+        self.head = head_weights(policy) if cfg.loss in FULL_VOCABULARY_LOSSES else None
+        if cfg.teacher_offload:
+            policy.to("cpu")
 
     def targets(self, batches):
         if self.cfg.teacher_offload:
             self.policy.to(self.device)
-        found = [teacher_targets(self.policy, batch, self.cfg) for batch in batches]
-        self.rest()
-        return found
+        targets = [teacher_targets(self.policy, batch, self.cfg) for batch in batches]
+        if self.cfg.teacher_offload:
+            self.policy.to("cpu")
+        return targets
+
+
+@torch.no_grad()
+def teacher_targets(policy, batch, cfg):
+    """The targets of one micro-batch, from one forward pass of the teacher."""
+    k = cfg.topk if cfg.loss in TOPK_LOSSES else 1
+
+    def head(hidden, weight, bias):
+        ids, logq, logp = head_topk(
+            hidden, weight, k, bias, ids=batch.tokens[:, None], temperature=cfg.temperature, vocab=policy.vocab
+        )
+        targets = {"logp": logp[:, 0], "ids": ids, "logq": logq}
+        if cfg.loss in FULL_VOCABULARY_LOSSES:  # [N, H] is small beside [N, V]; the head is applied again in the loss
+            targets["hidden"] = hidden
+        return targets
+
+    targets = policy(batch.ids, batch.rows, batch.cols, head)
+    return {name: x.cpu() for name, x in targets.items()}
 
 
 class ServerTeacher:
-    """Prompt log-probs of an OpenAI-compatible vLLM server, one request a rollout, as token ids.
+    """Prompt log-probs of an OpenAI-compatible vLLM server, one request per rollout, as token ids.
 
-    ValueError where its vocabulary or context does not fit; OSError where it does not answer, or refuses.
+    ValueError if its vocabulary or context does not fit; OSError if it does not answer, or refuses.
     """
 
     head = None  # only a model in this process has one
@@ -56,21 +77,26 @@ class ServerTeacher:
         import requests
         from urllib3.util import Retry
 
-        self.url, self.vocab = url.rstrip("/").removesuffix("/v1"), vocab
-        self.k = cfg.topk if cfg.loss in TOPK else 0
+        self.url = url.rstrip("/").removesuffix("/v1")
+        self.vocab = vocab
+        self.k = cfg.topk if cfg.loss in TOPK_LOSSES else 0
         self.session = requests.Session()
-        busy = dict(status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None)
-        retry = Retry(RETRIES, read=1, backoff_factor=0.5, **busy)  # read: a long wait for an answer is not made longer
+        # read=1: a request that timed out after TIMEOUT is asked only once more
+        retry = Retry(
+            RETRIES, read=1, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None
+        )
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=REQUESTS, max_retries=retry))
-        (model, *_) = self.ask("GET", "/v1/models")["data"]
-        self.model, needed = model["id"], cfg.max_prompt + cfg.max_response + 1  # it generates a token besides
+        model = self.ask("GET", "/v1/models")["data"][0]
+        self.model = model["id"]
+        needed = cfg.max_prompt + cfg.max_response + 1  # the server insists on generating one token
         if model["max_model_len"] < needed:
             raise ValueError(
-                f"--teacher_url: {self.model} takes {model['max_model_len']} tokens there; prompt, response and one more are {needed}"
+                f"--teacher_url: {self.model} takes {model['max_model_len']} tokens there; "
+                f"prompt, response and one more are {needed}"
             )
         self.check_vocabulary(tokenizer)
-        self.score([0, vocab - 1])  # one id or log-prob too many, and the server says so
+        self.score([0, vocab - 1])  # if an id or the number of log-probs is too large, the server says so
 
     def check_vocabulary(self, tokenizer):
         """Every 50th id, and all that were added to the tokenizer, must be the same text to both."""
@@ -79,8 +105,10 @@ class ServerTeacher:
         ours = tokenizer.decode(ids)
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
-            pair = f"{ours[at : at + 20]!r} for the student and {theirs[at : at + 20]!r} for {self.model}"
-            raise ValueError(f"--teacher_url: the vocabularies differ; the same ids are {pair}")
+            raise ValueError(
+                f"--teacher_url: the vocabularies differ; the same ids are {ours[at : at + 20]!r} for the student "
+                f"and {theirs[at : at + 20]!r} for {self.model}"
+            )
 
     def ask(self, method, path, body=None):
         """The JSON of the server's answer."""
@@ -93,27 +121,30 @@ class ServerTeacher:
         return answer.json()
 
     def score(self, ids, start=1):
-        """(log-probs of ids[start:], [[(rank, id, log-prob), ...], ...] of the most likely tokens in their places)."""
+        """(log-probs of ids[start:], the k most likely tokens in their places: [[(rank, id, log-prob), ...], ...])."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
         rows = self.ask("POST", "/v1/completions", body)["choices"][0].get("prompt_logprobs")
         if rows is None:
             raise OSError(f"--teacher_url: {self.url} gives no prompt_logprobs, as vLLM does")
-        rows = rows[start:]
-        logp = [row[str(i)]["logprob"] for i, row in zip(ids[start:], rows, strict=True)]
-        ranked = [sorted((x["rank"], int(i), x["logprob"]) for i, x in row.items()) for row in rows]
-        # The sampled token comes along where it is not among the k; ids that only pad the teacher's embedding may be.
-        return logp, [[x for x in row if x[0] <= self.k and x[1] < self.vocab][: self.k] for row in ranked]
+        logp, top = [], []
+        for token, row in zip(ids[start:], rows[start:], strict=True):
+            logp.append(row[str(token)]["logprob"])
+            ranked = sorted((x["rank"], int(i), x["logprob"]) for i, x in row.items())
+            # The sampled token is listed even if it is not among the k; ids that only pad the teacher's embedding may be.
+            top.append([x for x in ranked if x[0] <= self.k and x[1] < self.vocab][: self.k])
+        return logp, top
 
     def targets(self, batches):
-        jobs = [batch.sequences() for batch in batches]
+        jobs = [(r.prompt + r.response, len(r.prompt)) for batch in batches for r in batch.rollouts]
         with ThreadPoolExecutor(REQUESTS) as pool:
-            scored = pool.map(lambda job: self.score(*job), sum(jobs, []))
-            return [self.pack([next(scored) for _ in part]) for part in jobs]
+            scored = pool.map(lambda job: self.score(*job), jobs)
+            return [self.pack([next(scored) for _ in batch.rollouts]) for batch in batches]
 
     def pack(self, scored):
-        """The targets of one batch; places that stay empty have log-prob -inf."""
-        ranked = [row + [(0, 0, -torch.inf)] * (self.k - len(row)) for _, rows in scored for row in rows]
+        """The targets of one micro-batch. A place of the top-k that stays empty has log-prob -inf."""
+        empty = (0, 0, -torch.inf)
+        top = [row + [empty] * (self.k - len(row)) for _, rows in scored for row in rows]
         logp = torch.tensor([x for logp, _ in scored for x in logp], dtype=torch.float32)
-        ids = torch.tensor([[i for _, i, _ in row] for row in ranked], dtype=torch.long).view(len(ranked), self.k)
-        logq = torch.tensor([[x for *_, x in row] for row in ranked], dtype=torch.float32).view(len(ranked), self.k)
-        return {"logp": logp, "ids": ids, "logq": logq}
+        ids = torch.tensor([[i for _, i, _ in row] for row in top], dtype=torch.long)
+        logq = torch.tensor([[x for _, _, x in row] for row in top], dtype=torch.float32)
+        return {"logp": logp, "ids": ids.view(len(top), self.k), "logq": logq.view(len(top), self.k)}

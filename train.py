@@ -1,25 +1,24 @@
-"""On-policy distillation with policy-drift gating: the loop of arXiv 2606.24084, in one file.
+"""On-policy distillation with policy-drift gating (arXiv 2606.24084), in one loop:
 
-    sample responses -> teacher scores them once -> epochs x minibatches of (loss, gate, step) -> log, eval, save
+    sample responses -> the teacher scores them, once -> epochs x minibatches of (loss, gate, step) -> log, evaluate, save
 
-Where the paper leaves room: old log-probs come from the trainer, never from the sampler, and the first
-minibatch's own forward pass gives them; gate and loss have one denominator over the whole minibatch, all
-micro-batches and ranks, which divides the summed gradient once.
+The order to read it in: main, update (the paper's Eq. 1), position_loss; then gating.gate and losses.lsm_loss.
 
-    python train.py                                        # tiny preset on a CPU, qwen3 on a GPU
+Where the paper leaves room:
+1. The old log-probs, from which drift is measured, come from the trainer's own forward pass before the first update,
+   never from the sampler: another engine, another precision or top-p would read as drift.
+2. Gate and loss share one denominator, the sum of the gates over the whole minibatch, over all micro-batches and ranks.
+   So the result does not depend on how a minibatch is split.
+
+    python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
-    torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, one sampler a rank
+    torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, and one sampler per rank
 """
 
-import importlib.util
 import json
 import math
-import os
 import random
-import time
-from dataclasses import asdict, replace
-from datetime import timedelta
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,167 +32,154 @@ import evaluate
 import metrics
 import plot
 import rollout
-from configs import TrainConfig, command, parse
-from gating import drift, gate, one_side
-from policy import full_tensor, full_weights, load_policy, position_loss, score
+from common import init_device, on_all_ranks, rank, say, world_size
+from configs import TOPK_LOSSES, TrainConfig, command, parse
+from gating import drift, gate
+from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
+from policy import Policy, describe_prompt, full_tensor, full_weights, load_policy, load_tokenizer, model_paths, score
 from teacher import load_teacher
 
-
-def init_device(cfg):
-    """(rank, world, device). RANK shards the data, LOCAL_RANK picks the device and nothing else."""
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if name == "cuda" and not torch.cuda.is_available():
-        checkpoint.stop("--device cuda: torch finds none here")
-    if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world > 1:
-        # hours, because ranks wait for the slowest rollout; a dead rank is torchrun's to find
-        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=4))
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    return rank, world, torch.device(name, torch.cuda.current_device() if name == "cuda" else None)
+# -----------------------------------------------------------------------------
+# The base loss at every response token. Each function makes one forward pass of the student and returns
+#   logp  [N]          log pi(y_t) of the sampled tokens under the current student, without gradient
+#   loss  [N]          the loss at each of them, with gradient
+#   info  {name: [N]}  diagnostics, logged as loss/NAME
+# N is the number of response tokens in the micro-batch. A Batch (data.py) holds, for each of them and on this rank's
+# device: tokens (their ids), segments (of the gate), position, logp_sampler and, once it is known, logp_old. The
+# teacher's targets in batch.teacher (teacher.py) wait on the host: they serve every epoch, and would fill a GPU.
 
 
-def prepare(cfg, device):
-    """All that can be wrong before a model loads: the output folder, tokenizers, lengths, data. Raises ValueError, OSError."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    found = checkpoint.to_resume(cfg)
-    if cfg.log != "none" and not importlib.util.find_spec(cfg.log):
-        raise ValueError(f"--log {cfg.log}: pip install {cfg.log}")
-    rollout.choose(cfg.rollout, device.type)  # raises where vLLM is asked for and cannot run
-    paths = {"student": cfg.student} if cfg.teacher_url else {"teacher": cfg.teacher, "student": cfg.student}
-    if "toy" in paths.values():
-        import toy
-
-        folders = dict(zip(("teacher", "student"), toy.models(), strict=True))
-        paths = {role: folders[role] if path == "toy" else path for role, path in paths.items()}
-    code = dict(trust_remote_code=cfg.trust_remote_code)
-    tokenizers = {role: AutoTokenizer.from_pretrained(path, **code) for role, path in paths.items()}
-    vocab = data.shared_vocab(tokenizers["student"], tokenizers.get("teacher", tokenizers["student"]))
-    for role, path in paths.items():
-        model = AutoConfig.from_pretrained(path, **code)
-        vocab = min(vocab, model.vocab_size)
-        context = getattr(model, "max_position_embeddings", None)
-        if context and cfg.max_prompt + cfg.max_response > context:
-            wanted = f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response}"
-            raise ValueError(f"{wanted} tokens do not fit the {role}'s context of {context}")
-    if cfg.topk > vocab:
-        raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
-    tokenizer = tokenizers["student"]
-    problems = data.load(cfg.data, seed=cfg.seed)
-    stream = data.PromptStream(problems, tokenizer, cfg.template, cfg.max_prompt, cfg.seed)
-    stream.peek()  # says where every prompt is too long
-    names = [name for name in cfg.eval_data.split(",") if name and cfg.eval_every]
-    held_out = {name: data.load(name, limit=cfg.eval_problems) for name in names}
-    for problem in (problem for name in held_out for problem in held_out[name]):
-        if (n := len(data.encode(problem, tokenizer, cfg.template))) > cfg.max_prompt:
-            raise ValueError(f"held-out problem {problem.id} has {n} tokens, more than --max_prompt {cfg.max_prompt}")
-    return found, paths, tokenizer, vocab, stream, held_out
+def position_loss(policy, batch, cfg, teacher_head):
+    if cfg.loss == "opd":
+        return sampled_token_loss(policy, batch, cfg)
+    if cfg.loss in TOPK_LOSSES:
+        return topk_loss(policy, batch, cfg)
+    return full_vocabulary_loss(policy, batch, cfg, teacher_head)
 
 
-def sampling_options(cfg):
-    names = dict(temperature="temperature", top_p="top_p", top_k="sample_top_k", max_tokens="max_response")
-    return {name: getattr(cfg, field) for name, field in names.items()}
+def sampled_token_loss(policy, batch, cfg):
+    """OPD: the teacher's log-ratio on the sampled token as PPO's advantage."""
+    logp = score(policy, batch, cfg.temperature)
+    # In the first pass over a rollout batch nothing has been updated yet: the current student is the old one.
+    logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
+    logp_teacher = batch.teacher["logp"].to(logp.device)
+    loss, info = opd_loss(logp, logp_old, logp_teacher, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+    return logp.detach(), loss, info
 
 
-def sample(sampler, jobs, rank, world, **sampling):
-    """Rollouts of all ranks in the order of jobs [(prompt ids, seed)]; each rank samples its share."""
-    mine = jobs[rank::world]
-    parts = evaluate.gather(sampler.sample([ids for ids, _ in mine], [seed for _, seed in mine], **sampling))
-    return [parts[i % world][i // world] for i in range(len(jobs))]
+def topk_loss(policy, batch, cfg):
+    """LSM and its relatives: student against teacher on the teacher's K most likely tokens."""
+    teacher = {name: x.to(batch.ids.device) for name, x in batch.teacher.items()}
+    sampled = batch.tokens[:, None]  # [N, 1]
+    ids = torch.cat([sampled, teacher["ids"]], 1)  # [N, 1 + K]
+    logq = torch.cat([teacher["logp"][:, None], teacher["logq"]], 1)  # [N, 1 + K]
+    # Renormalised on the support, the loss does not depend on the logsumexp over the vocabulary. The gate does, through
+    # log pi(y_t), but without gradient. So no gradient of vocabulary size arises: this is why LSM's head is cheap.
+    needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
+
+    def head(hidden, weight, bias):
+        z, lse = head_logits(hidden, weight, ids, bias, temperature=cfg.temperature, vocab=policy.vocab)
+        return z, lse if needs_lse else lse.detach()
+
+    z, lse = policy(batch.ids, batch.rows, batch.cols, head)  # logits [N, 1 + K], logsumexp [N]
+    logp = (z - lse[:, None]).detach()
+
+    in_topk = teacher["logq"] > -torch.inf  # a teacher's server may return fewer than K tokens
+    is_outside = ~((teacher["ids"] == sampled) & in_topk).any(1)  # [N] the sampled token is not in the support
+    info = {
+        "outside": is_outside.float(),
+        "teacher_mass": teacher["logq"].exp().sum(1),
+        "student_mass": logp[:, 1:].masked_fill(~in_topk, -torch.inf).exp().sum(1),
+    }
+    # Column 0, the sampled token, joins the support only with --add_sampled, and if it is not there already.
+    support = torch.cat([(is_outside & cfg.add_sampled)[:, None], in_topk], 1)  # [N, 1 + K]
+    if cfg.loss == "tail_topk":
+        z_topk = z[:, 1:].masked_fill(~in_topk, -torch.inf)
+        loss = tail_loss(z_topk - lse[:, None], teacher["logq"])
+    else:
+        loss = lsm_loss(
+            z.masked_fill(~support, -torch.inf),
+            logq,
+            support,
+            lse=lse,
+            renormalise=cfg.renormalise,
+            log_ratio_clamp=cfg.log_ratio_clamp,
+            forward=cfg.loss == "fkl_topk",
+        )
+    return logp[:, 0], loss, info
 
 
-def teach(teacher, batches, steps):
-    """Whether the batches have their targets now; not where the run is stopped, as it is when a server fails."""
-    if steps.stopped():
-        return False
-    try:
-        for batch, targets in zip(batches, teacher.targets(batches), strict=True):
-            batch.targets = targets
-    except OSError as error:
-        steps.stop(" ".join(str(error).split()))
-    return not steps.stopped()
+def full_vocabulary_loss(policy, batch, cfg, teacher_head):
+    """Reverse KL(student || teacher), forward KL(teacher || student), or JSD, over all tokens of the vocabulary."""
+    hidden_t = batch.teacher["hidden"].to(batch.ids.device)  # [N, H_t]
+    weight_t, bias_t = teacher_head
+    beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]
+
+    def head(hidden, weight, bias):
+        kl, lse = head_kl(
+            hidden, weight, hidden_t, weight_t, bias, bias_t,
+            beta=beta, temperature=cfg.temperature, vocab=policy.vocab,
+        )  # fmt: skip
+        sampled = batch.tokens[:, None]
+        z, _ = head_logits(hidden.detach(), weight.detach(), sampled, bias, temperature=cfg.temperature, lse=False)
+        return z[:, 0] - lse, kl
+
+    logp, loss = policy(batch.ids, batch.rows, batch.cols, head)
+    return logp.detach(), loss, {}
 
 
-@torch.no_grad()
-def held_out_gap(policy, batches, cfg):
-    """Reverse KL of student to teacher, nats a token, estimated on the student's own responses (to 64 problems)."""
-    total = torch.zeros(2)
+# -----------------------------------------------------------------------------
+# one update
+
+
+def update(policy, optimizer, batches, cfg, teacher_head=None):
+    """One optimizer step on a minibatch, given as this rank's micro-batches: the gradient of the paper's Eq. 1,
+
+        L = sum_t g_t loss_t / sum_t g_t      over the response tokens t of the whole minibatch, on all ranks
+
+    Ranks make equally many forward and backward passes, which FSDP needs; a rank with fewer micro-batches has been given
+    some without tokens, whose sums are 0. Returns the update's numbers, and for each micro-batch its tensors [N].
+    """
+    tau = 0.0 if cfg.gate == "none" else cfg.tau  # exp(0) = 1: no gate, while drift is measured all the same
+    sums = torch.zeros(2, device=batches[0].ids.device)  # sum_t g_t loss_t, sum_t g_t
+    per_token = []
     for batch in batches:
-        gap = score(policy, batch, cfg.temperature).cpu() - batch.targets["logp"]
-        total += torch.tensor([gap.sum(), gap.numel()])
-    total = sum(evaluate.gather(total))
-    return (total[0] / total[1]).item()
+        # log pi(y_t) of the current student, and the base loss, at every response token
+        logp, loss, info = position_loss(policy, batch, cfg, teacher_head)
+        if (
+            batch.logp_old is None
+        ):  # the first pass over this rollout batch: this is the student before the first update
+            batch.logp_old = logp
+        # drift d_t = log pi(y_t) - log pi_old(y_t), its signed mean s over each segment, gate g = exp(-tau |s|)
+        g, s = gate(logp, batch.logp_old, batch.segments, tau=tau, stat=cfg.stat)
+        weighted_loss = (g * loss).sum()  # g is detached: it weights the gradient, and is not trained on
+        weighted_loss.backward()  # adds to the gradient of sum_t g_t loss_t
+        sums += torch.stack([weighted_loss.detach(), g.sum()])
+        d = drift(logp, batch.logp_old)
+        per_token.append({**info, "loss": loss.detach(), "g": g, "s": s, "d": d, "position": batch.position})
 
-
-def update(policy, optimizer, batches, cfg, want_logp):
-    """One optimizer step on a minibatch: micro-batches add up sum(g * loss), and the gradient is divided by sum(g) once."""
-    sums, tracks, losses = torch.zeros(2, device=batches[0].ids.device), [], []
-    gate_options = {name: getattr(cfg, name) for name in ("tau", "stat", "block", "span_min", "span_max")}
-    for batch in batches:
-        logp, loss, info = position_loss(policy, batch, cfg, want_logp)
-        g = torch.ones_like(loss)
-        if logp is not None:
-            now, old = logp.detach(), batch.old
-            seen = one_side(now, old, batch.targets["logp"].to(now.device), cfg.gate_on)
-            pair = batch.spread(seen), batch.spread(old)
-            g, s = (x[batch.mask] for x in gate(*pair, batch.mask, cfg.gate, newline=batch.newline, **gate_options))
-            info |= {"g": g, "s": s, "d": drift(now, old, torch.ones_like(now))}
-        weighted = (g * loss).sum()
-        weighted.backward()
-        sums += torch.stack([weighted.detach(), g.sum()])
-        tracks.append(info | {"where": batch.where})
-        losses.append(loss.detach())
+    # The denominator is only known now: it is a sum over all micro-batches and ranks. Dividing each micro-batch by its own
+    # would weight tokens differently in short and long ones, and dividing here costs no second forward pass.
     scale = 1.0
     if dist.is_initialized():
         dist.all_reduce(sums)
-        scale = dist.get_world_size()  # FSDP has averaged over the ranks; the denominator is global
-    params, tiny = [p for p in policy.parameters() if p.grad is not None], torch.finfo(torch.float32).tiny
+        scale = world_size()  # FSDP has averaged the gradients over the ranks; Eq. 1 needs their sum
+    loss_sum, gate_sum = sums[0], sums[1].clamp(min=torch.finfo(torch.float32).tiny)  # all gates may underflow to 0
+    params = [p for p in policy.parameters() if p.grad is not None]
     for p in params:
-        p.grad *= scale / sums[1].clamp(min=tiny)
-    norm = nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf"))
-    result = {"loss": (sums[0] / sums[1].clamp(min=tiny)).item(), "grad_norm": full_tensor(norm).item()}
-    result["skipped"] = not all(map(math.isfinite, result.values()))  # the same on every rank
-    if result["skipped"]:
-        result["suspects"] = suspects(batches, losses)
-    else:
+        p.grad *= scale / gate_sum
+    grad_norm = full_tensor(nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf")))
+
+    result = {"loss": (loss_sum / gate_sum).item(), "grad_norm": grad_norm.item()}
+    result["skipped"] = not (math.isfinite(result["loss"]) and math.isfinite(result["grad_norm"]))
+    if not result["skipped"]:  # equal on all ranks, so all of them step or none does
         optimizer.step()
     optimizer.zero_grad()
-    return tracks, result
-
-
-def suspects(batches, losses):
-    """Prompts (token ids), of all ranks, whose loss is not finite; all of them where only the gradient is not."""
-
-    def prompts(rows):
-        found = [batch.sequences(part) for batch, part in zip(batches, rows, strict=True)]
-        return sum(evaluate.gather([tuple(ids[:start]) for part in found for ids, start in part]), [])
-
-    # the first is gathered, and so the same on all ranks: all of them go on to the second, or none
-    bad = prompts(batch.rows[~loss.isfinite()] for batch, loss in zip(batches, losses, strict=True))
-    return bad or prompts(batch.rows for batch in batches)
-
-
-def bad_in_a_row(updates, bad, names, cfg, say):
-    """Skipped updates in a row, now; each is reported. All ranks exit after cfg.max_bad_updates of them."""
-    for _, result in updates:
-        bad = bad + 1 if result["skipped"] else 0
-        if bad:
-            found = ", ".join(sorted({names[prompt] for prompt in result["suspects"]}))
-            say(f"update skipped, {bad} in a row: its loss or gradient is not finite. Prompts: {found}")
-        if cfg.max_bad_updates and bad == cfg.max_bad_updates:
-            checkpoint.stop(
-                f"{bad} updates in a row were not finite (--max_bad_updates); the checkpoints hold none of them"
-            )
-    return bad
+    return result, per_token
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up over cfg.warmup steps, then constant, or linear to a tenth at the last step."""
+    """Linear warm-up over cfg.warmup steps, then constant, or linear down to a tenth at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "constant":
@@ -201,140 +187,168 @@ def learning_rate(cfg, step):
     return cfg.lr * (1 - 0.9 * (step - cfg.warmup) / max(1, cfg.steps - 1 - cfg.warmup))
 
 
-def main(cfg):
-    rank, world, device = init_device(cfg)
-    say = tqdm.write if rank == 0 else lambda *_: None
-    say(f"preset {cfg.preset}, {device}, {world} rank(s)")
-    attempt, out = checkpoint.attempt, Path(cfg.out)
-    # every rank looks before one writes
-    found, paths, tokenizer, vocab, stream, held_out = attempt(prepare, cfg, device)
-    attempt(checkpoint.claim, cfg)
+# -----------------------------------------------------------------------------
+# the run
+
+
+@dataclass
+class Run:
+    """What setup() has checked, loaded and opened."""
+
+    device: torch.device
+    tokenizer: object  # the student's
+    prompts: data.TrainingPrompts
+    held_out: dict  # {name: problems}
+    newlines: set  # ids of the tokens that contain a newline
+    policy: Policy  # the student
+    teacher: object  # a model here, or a server
+    optimizer: torch.optim.Optimizer
+    sampler: object
+    logger: metrics.Logger
+    stop: checkpoint.StopSignal  # SIGTERM or Ctrl-C, on any rank
+    resumed: bool
+    start: int  # steps that the checkpoint has behind it; 0 for a new run
+
+
+def setup(cfg) -> Run:
+    device = on_all_ranks(init_device, cfg)
+    say(f"preset {cfg.preset}, {device}, {world_size()} rank(s)")
+
+    # Everything that can be wrong is checked before a model loads or a file is written.
+    found = on_all_ranks(checkpoint.find, cfg)  # to go on from, or None
+    on_all_ranks(rollout.choose, cfg.rollout, device.type)  # vLLM may be asked for and be unable to run
+    paths = on_all_ranks(model_paths, cfg)
+    tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
+    prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
+    on_all_ranks(checkpoint.claim, cfg)  # from here on, --out is this run's
+    start = checkpoint.number(found) if found else 0
+    logger = on_all_ranks(metrics.Logger, cfg, start)
     say(json.dumps(asdict(cfg)))
-    first = stream.peek()
-    ends = {role: rollout.stops_of(path, tokenizer) for role, path in paths.items()}
-    if ends.get("teacher", ends["student"]) != ends["student"]:
-        say(f"warning: the teacher ends its answers with {ends['teacher']}, the student with {ends['student']}")
-    say(f"the first prompt, {len(first)} tokens: {tokenizer.decode(first)!r}")
+    describe_prompt(prompts.at(start * cfg.prompts)[1], tokenizer, paths)
 
-    teacher = attempt(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
-    policy = attempt(load_policy, paths["student"], cfg, vocab, device, trainable=True)
-    policy.teacher_head = teacher.head
-    betas = (0.9, cfg.beta2)
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr, betas, weight_decay=cfg.weight_decay)
-    start = checkpoint.restore(found, policy, optimizer, stream) if found else 0
-    steps = checkpoint.Steps(start, cfg.steps)
-    sampler = attempt(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, say)
-    sampler.should_stop = steps.asked
-    newline = data.newline_tokens(tokenizer, vocab)
-    log = partial(attempt, attempt(metrics.make_logger, cfg, out, start))
-    want_logp = cfg.loss == "opd" or cfg.gate != "none" or cfg.diagnostics
+    teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
+    policy = on_all_ranks(load_policy, paths["student"], cfg, vocab, device, trainable=True)
+    adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay}
+    optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
+    if found:
+        checkpoint.restore(found, policy, optimizer)
+    stop = checkpoint.StopSignal()
+    options = {"max_len": cfg.max_prompt + cfg.max_response, "tp": cfg.tp, "should_stop": stop.requested_here}
+    sampler = on_all_ranks(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, **options)
+    newlines = data.newline_tokens(tokenizer, vocab)
+    return Run(
+        device, tokenizer, prompts, held_out, newlines, policy, teacher, optimizer, sampler, logger, stop,
+        resumed=bool(found), start=start,
+    )  # fmt: skip
 
-    def run_eval(step):
-        """A line of its own in the metrics; none where the run is stopped meanwhile."""
-        sampler.sync(full_weights(policy))
-        row = {"step": step}
-        for name, problems in held_out.items():
-            options = dict(k=cfg.k, seed=cfg.seed, template=cfg.template) | sampling_options(cfg)
-            scores, _ = evaluate.evaluate(sampler, tokenizer, problems, **options)
-            prompts = [data.encode(problem, tokenizer, cfg.template) for problem in problems[:64]]
-            jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
-            whole = dict(top_p=1.0, top_k=0)  # of a truncated distribution it would be no KL
-            rollouts = sample(sampler, jobs, rank, world, **sampling_options(cfg) | whole)
-            sampler.sleep()
-            batches = sum(data.make_batches(rollouts, cfg, 0, rank, world, newline, device), [])
-            if not teach(teacher, batches, steps):
-                return
-            scores["gap"] = held_out_gap(policy, batches, cfg)
-            prefix = "eval" if len(held_out) == 1 else f"eval/{name}"
-            row |= {f"{prefix}/{key}": x for key, x in scores.items()}
-        say(f"step {step}: " + "  ".join(f"{key} {x:.3f}" for key, x in row.items() if key != "step"))
-        log(row)
 
-    def eval_is_due(step):
-        return bool(held_out) and (step % cfg.eval_every == 0 or step == cfg.steps)
+def main(cfg, before_update=None):
+    """before_update(run, micro-batches, epoch) is called before each update, for measurements."""
+    run = setup(cfg)
+    policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer
 
-    if eval_is_due(start) and not evaluate.gather(metrics.has_evaluation(out, start))[0]:
-        run_eval(start)
+    def save(step):
+        on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg)
 
-    # ------------------------------------------------------------------------- the loop
-    done, saved, bad = start, start if found else None, 0
-    bar = tqdm(steps, initial=start, total=cfg.steps, disable=rank > 0, unit="step")
+    def evaluate_if_due(step):
+        if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
+            row = evaluate.evaluate_student(run, cfg)
+            if not run.stop.requested():  # else its responses are cut short, and a resumed run evaluates again
+                say(f"step {step}: " + "  ".join(f"{name} {x:.3f}" for name, x in row.items()))
+                run.logger.log({"step": step, **row})
+
+    run.stop.listen()
+    evaluate_if_due(run.start)
+    done = run.start  # steps
+    saved = run.start if run.resumed else None  # the step of the newest checkpoint
+    bad_updates = 0  # in a row
+    bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=rank() > 0, unit="step")
     for step in bar:
-        before, clock = stream.state, {"start": clock_now(device)}
-        jobs, names = [], {}
-        for problem, ids in (stream.next() for _ in range(cfg.prompts)):
-            seeds = [rollout.seed_for(cfg.seed, step, problem.id, i) for i in range(cfg.group)]
-            jobs += [(ids, seed) for seed in seeds]
-            names[tuple(ids)] = problem.id
+        # ---- Sample. A response depends on the weights, its prompt and its seed alone, so a resumed run samples the same.
+        clock = metrics.Clock(run.device)
+        jobs = []  # (prompt ids, seed)
+        for problem, ids in run.prompts.of_step(step, cfg.prompts):
+            jobs += [(ids, rollout.seed_for(cfg.seed, step, problem.id, i)) for i in range(cfg.group)]
         sampler.sync(full_weights(policy))
-        rollouts = sample(sampler, jobs, rank, world, **sampling_options(cfg))
-        sampler.sleep()
-        clock["rollout"] = clock_now(device)
-
-        kept = [r for r in rollouts if r.finish != "length" or not cfg.drop_truncated]
-        minibatches = data.make_batches(kept, cfg, step, rank, world, newline, device)
-        batches = sum(minibatches, [])
-        if not teach(teacher, batches, steps):
-            stream.restore(before)  # nothing is learnt from this batch: whoever resumes samples it again, the same
+        rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
+        sampler.sleep()  # leaves the GPU's memory to the teacher and the update
+        if run.stop.requested():  # on any rank: the rollouts are unfinished, and dropped
             break
-        clock["teacher"] = clock_now(device)
+        clock.lap("rollout")
 
+        # ---- Score with the teacher, once for all epochs.
+        minibatches = data.make_minibatches(rollouts, cfg, step, run.newlines, run.device, rank(), world_size())
+        batches = [batch for minibatch in minibatches for batch in minibatch]
+        try:
+            all_targets = on_all_ranks(teacher.targets, batches)
+        except SystemExit:  # the teacher's server is gone: keep the steps that are done
+            if done != saved:
+                save(done)
+            raise
+        for batch, targets in zip(batches, all_targets, strict=True):
+            batch.teacher = targets
+        clock.lap("teacher")
+
+        # ---- Old log-probs: the student's own, before the first update. The first minibatch needs no pass for them: its
+        # first training pass comes before any update, and update() keeps its log-probs.
         with torch.no_grad():
-            if want_logp:  # the first minibatch's own first pass gives its old log-probs
-                for batch in sum(minibatches[1:], []):
-                    batch.keep_old(score(policy, batch, cfg.temperature))
-            # To compare with the sampler's, which are of temperature 1: one micro-batch where old log-probs are not.
-            checked = batches[:1] if cfg.temperature != 1 or not want_logp else []
-            checked = [(batch, score(policy, batch, 1.0)) for batch in checked]
+            for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
+                batch.logp_old = score(policy, batch, cfg.temperature)
+            # The sampler's log-probs are at temperature 1. If training uses another, rescore one micro-batch to compare.
+            rescored = [score(policy, batch, 1.0) for batch in batches[:1]] if cfg.temperature != 1 else None
+
+        # ---- Update: epochs x minibatches of Eq. 1. From the second update on, the student has drifted.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         updates = []
         for epoch in range(cfg.epochs):
             if epoch > 0:
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
-            updates += [update(policy, optimizer, m, cfg, want_logp) for m in minibatches]
-        clock["update"] = clock_now(device)
-        bad = bad_in_a_row(updates, bad, names, cfg, say)
+            for minibatch in minibatches:
+                if before_update:
+                    before_update(run, minibatch, epoch)
+                result, per_token = update(policy, optimizer, minibatch, cfg, teacher.head)
+                updates.append((result, per_token))
+                bad_updates = metrics.count_bad_updates(
+                    bad_updates, result, per_token, minibatch, run.prompts.problem_ids, cfg
+                )
+        clock.lap("update")
 
-        checked = checked or [(batch, batch.old) for batch in batches if batch.old is not None]
-        row = {"step": step + 1, "lr": learning_rate(cfg, step)}
-        row |= metrics.summary(cfg, policy, rollouts, batches, checked, updates, clock)
-        metrics.check_in_step(row, device)
-        log(row)
+        # ---- Log, save, evaluate.
         done = step + 1
+        row = {"step": done, "lr": learning_rate(cfg, step)}
+        row |= metrics.of_rollouts(rollouts) | clock.metrics(rollouts, cfg.epochs)
+        row |= metrics.of_updates(updates, batches, cfg.epochs) | metrics.sampler_mismatch(batches, rescored)
+        metrics.check_sampler(row, run.device)
+        run.logger.log(row)
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})
         if cfg.sample_every and step % cfg.sample_every == 0:
-            text = tokenizer.decode(rollouts[0].response)
+            text = run.tokenizer.decode(rollouts[0].response)
             say(f"--- step {done}, a response ({rollouts[0].finish}): {text!r}")
         if done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
-            attempt(checkpoint.save, out, done, policy, optimizer, stream, cfg)
+            save(done)
             saved = done
-        if eval_is_due(done):
-            run_eval(done)
+        evaluate_if_due(done)
 
-    if steps.stopped():
-        if done != saved:
-            attempt(checkpoint.save, out, done, policy, optimizer, stream, cfg)
+    if run.stop.requested() and done != saved:
+        save(done)
+    finish(run, cfg, done)
+
+
+def finish(run, cfg, done):
+    """Prints how to go on if the run was stopped; else writes the student and the pictures."""
+    run.stop.release()
+    if run.stop.requested():
         again = command(replace(cfg, resume="true", overwrite=False))
-        steps.release()
-        say(f"stopped by {steps.why} after step {done} of {cfg.steps}, and saved; this goes on:\n{again}")
-        if steps.why not in ("SIGTERM", "SIGINT"):
-            checkpoint.stop(steps.why)
+        say(f"stopped by {run.stop.reason} after step {done} of {cfg.steps}, and saved; this goes on:\n{again}")
     else:
-        steps.release()
-        attempt(checkpoint.save_model, out / "final", policy, tokenizer)
-        if rank == 0:
-            plot.draw(out)
-            say(f"done: {out}/final is the student, {out}/metrics.jsonl and {out}/curves.png what happened")
-    if dist.is_initialized():  # vLLM makes a group of one process too
-        dist.barrier()  # a rank that leaves while a gloo thread still cleans up can abort
+        on_all_ranks(checkpoint.save_model, Path(cfg.out) / "final", run.policy, run.tokenizer)
+        if rank() == 0:
+            plot.draw(cfg.out)
+        say(f"done: {cfg.out}/final is the student, {cfg.out}/metrics.jsonl and {cfg.out}/curves.png what happened")
+    if dist.is_initialized():  # vLLM makes a group of one process, too
+        dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
         dist.destroy_process_group()
-
-
-def clock_now(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""python -m pytest test_toy.py"""
+"""python -m pytest tests/test_toy.py"""
 
 import json
 import os
@@ -7,11 +7,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import toy
@@ -155,7 +155,7 @@ def test_a_killed_call_leaves_no_model_and_no_lock_and_of_two_calls_one_trains(t
     def start():
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, env=env, **pipe)
+        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipe)
 
     killed, deadline = start(), time.monotonic() + 120
     while not list(tmp_path.glob("*/tmp-*")) and time.monotonic() < deadline:

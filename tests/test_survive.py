@@ -1,6 +1,6 @@
-"""python -m pytest test_survive.py             (a run is a forked child: no imports to wait for)
+"""python -m pytest tests/test_survive.py             (a run is a forked child: no imports to wait for)
 
-python test_survive.py 10 20 2     # 20 steps straight, and 20 with 10 kills at random moments, on 2 ranks
+PYTHONPATH=. python tests/test_survive.py 10 20 2     # 20 steps straight, and 20 with 10 kills at random moments, on 2 ranks
 """
 
 import math
@@ -18,29 +18,17 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import ENV, ROOT, far, finished, flags, launch, metrics, outcome, run, same, start
 from safetensors.torch import load_file
 
 import checkpoint
 import rollout
-import testing
 import toy
 import train
 from configs import TrainConfig, parse
-from testing import far, finished, flags, launch, metrics, start
 
-pair = testing.pair  # random teacher and student
 checkpoint.FILE_BYTES = 50_000  # several files a checkpoint
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
-
-
-def outcome(out):
-    """(metrics but times, final weights). The metrics hold a checksum of every step's rollouts."""
-    rows = [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in metrics(out)]
-    return rows, load_file(Path(out) / "final" / "model.safetensors")
-
-
-def same(a, b):
-    return outcome(a)[0] == outcome(b)[0] and far(outcome(a)[1], outcome(b)[1]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -126,10 +114,10 @@ def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_pa
 
 def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
     """This rank had nothing to say when the others heard it; it says so the next time."""
-    steps = checkpoint.Steps(0, 9)
-    monkeypatch.setattr(checkpoint, "gather", lambda why: steps.stop("SIGTERM") or [why, ""])
-    assert not steps.stopped() and steps.asked()
-    assert steps.stopped()
+    stop = checkpoint.StopSignal()
+    monkeypatch.setattr(checkpoint, "gather", lambda reason: stop.handle(signal.SIGTERM, None) or [reason, ""])
+    assert not stop.requested() and stop.requested_here()
+    assert stop.requested()
 
 
 def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):
@@ -155,7 +143,7 @@ def test_killed_rank_ends_the_run_with_a_message(pair, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
     command += flags(pair, tmp_path / "a", **OPTIONS | dict(steps=999, eval_every=0))
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=testing.HERE, env=testing.ENV, stdout=log, stderr=log)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=log, stderr=log)
     while not (tmp_path / "a" / "metrics.jsonl").exists() or len(metrics(tmp_path / "a")) < 2:
         time.sleep(0.1)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -209,21 +197,21 @@ def test_folders_that_cannot_be_written_are_one_line(pair, tmp_path, monkeypatch
 
 def broken_from(monkeypatch, first, last):
     """Losses of these calls are NaN."""
-    calls, loss = [], train.position_loss
+    calls, position_loss = [], train.position_loss
 
-    def position_loss(*args):
-        logp, x, info = loss(*args)
+    def broken(*args):
+        logp, loss, info = position_loss(*args)
         calls.append(1)
-        return logp, x * math.nan if first <= len(calls) <= last else x, info
+        return logp, loss * math.nan if first <= len(calls) <= last else loss, info
 
-    monkeypatch.setattr(train, "position_loss", position_loss)
+    monkeypatch.setattr(train, "position_loss", broken)
 
 
 def test_update_that_is_not_finite_is_skipped_counted_and_named(pair, tmp_path, monkeypatch, capsys):
     broken_from(monkeypatch, 2, 2)
-    rows, weights = testing.run(pair, tmp_path / "a", minibatches=1, micro_tokens=10**6)
+    rows, weights = run(pair, tmp_path / "a", minibatches=1, micro_tokens=10**6)
     assert [row["skipped"] for row in rows] == [1, 0] and all(x.isfinite().all() for x in weights.values())
-    assert "update skipped, 1 in a row" in (text := capsys.readouterr().out) and "Prompts: toy-" in text
+    assert "update skipped, 1 in a row" in (text := capsys.readouterr().out) and "Problems: toy-" in text
 
 
 def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monkeypatch):
@@ -237,18 +225,17 @@ def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monk
 
 
 def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, monkeypatch):
-    """Empty ones, and truncated ones with --drop_truncated, do not train: alone, they update nothing. Equal ones do."""
+    """Truncated and equal ones train; empty ones do not: alone, they update nothing."""
     before = load_file(Path(pair[1]) / "model.safetensors")
-    rows, weights = testing.run(pair, tmp_path / "a", max_response=1, drop_truncated=True)
-    assert far(weights, before) == 0 and all(row["rollout/truncated"] == 1 and "loss" not in row for row in rows)
-    assert far(testing.run(pair, tmp_path / "b", max_response=1)[1], before) > 0
+    rows, weights = run(pair, tmp_path / "b", max_response=1)
+    assert far(weights, before) > 0 and all(row["rollout/truncated"] == 1 for row in rows)
     monkeypatch.setattr(rollout, "seed_for", lambda *_: 1)
-    rows, weights = testing.run(pair, tmp_path / "c")
+    rows, weights = run(pair, tmp_path / "c")
     assert rows[0]["rollout/distinct"] == 0.5 and far(weights, before) > 0
     empty = [rollout.Rollout([1, 5], [], [], "stop")] * 6
     monkeypatch.setattr(rollout.HFSampler, "sample", lambda *_, **__: empty)
-    rows, weights = testing.run(pair, tmp_path / "d")
-    assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0
+    rows, weights = run(pair, tmp_path / "d")
+    assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0 and "loss" not in rows[0]
 
 
 if __name__ == "__main__":

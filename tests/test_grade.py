@@ -1,16 +1,16 @@
-"""grade.py on surface forms, hostile answers and real problems. Run: python -m pytest test_grade.py"""
+"""grade.py on surface forms, hostile answers and real problems. Run: python -m pytest tests/test_grade.py"""
 
 import json
 import os
 import random
 import time
-from pathlib import Path
 
 import pytest
+from helpers import SHARED
 
 from grade import LONGEST, UNGRADABLE, Grader, clean, extract
 
-DATA = Path(__file__).resolve().parent.parent / "shared" / "data"
+DATA = SHARED / "data"
 
 # ten ways to write an integer, and more
 FORMS = [

@@ -1,4 +1,4 @@
-"""python -m pytest test_vllm.py      (a real engine, on the device that the installed vLLM is for; minutes)"""
+"""python -m pytest tests/test_vllm.py      (a real engine, on the device that the installed vLLM is for; minutes)"""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ if importlib.util.find_spec("vllm") is None:
 if not vllm_device():
     pytest.skip("the installed vLLM finds no device", allow_module_level=True)
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
 V, ROWS, STOPS, MAX_LEN = 40, 48, [1, 2], 512  # the last 8 of the embedding's rows only pad
 PLAIN = dict(max_tokens=16, temperature=1.0, top_p=1.0, top_k=0)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7], [20, 21]]
@@ -239,7 +239,7 @@ def train(out, *flags, **options):
     command = [sys.executable, "train.py", "--preset", "tiny", "--out", str(out), *flags]
     command += [x for name, value in options.items() for x in (f"--{name}", str(value))]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=HERE, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def rows(out):
@@ -270,7 +270,7 @@ def served():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", toy.models(HERE / "out/toy")[0]]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", toy.models(ROOT / "out/toy")[0]]
     command += ["--port", port, "--host", "127.0.0.1", "--max-logprobs", "16", "--enforce-eager"]
     if vllm_device() == "cpu":
         command += ["--dtype", "float32"]

@@ -1,4 +1,4 @@
-"""evaluate.py with a fake sampler: sampling, resuming, grading again, comparing. Run: python -m pytest test_evaluate.py"""
+"""evaluate.py with a fake sampler: sampling, resuming, grading again, comparing. Run: python -m pytest tests/test_evaluate.py"""
 
 import json
 import multiprocessing
@@ -69,14 +69,14 @@ def test_evaluate_counts_what_the_sampler_gave():
 
 def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypatch):
     named = [("set", problem) for problem in PROBLEMS]
-    whole = [job for part in evaluate.cut(named, 2, 1000) for job in part]
-    assert [job for part in evaluate.cut(named, 2, 3) for job in part] == whole
-    assert [len(part) for part in evaluate.cut(named, 2, 7)] == [6, 6, 6, 2]
+    whole = [job for part in evaluate.split_jobs(named, 2, 1000) for job in part]
+    assert [job for part in evaluate.split_jobs(named, 2, 3) for job in part] == whole
+    assert [len(part) for part in evaluate.split_jobs(named, 2, 7)] == [6, 6, 6, 2]
     shares = []
     for rank in range(3):
-        fake = dict(is_initialized=lambda: True, get_rank=lambda rank=rank: rank, get_world_size=lambda: 3)
-        monkeypatch.setattr(evaluate, "dist", SimpleNamespace(**fake))
-        shares += [job[1].id for part in evaluate.cut(named, 1, 2) for job in part]
+        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluate, "world_size", lambda: 3)
+        shares += [job[1].id for part in evaluate.split_jobs(named, 1, 2) for job in part]
     assert sorted(shares) == sorted(p.id for p in PROBLEMS)
 
 

@@ -1,14 +1,14 @@
-"""Time and peak memory of the losses, the gates and a training step, beside what one would take instead.
+"""Time and peak memory of the losses and the gates, beside what one would use instead.
 
-    python bench.py                                               # all tables, at a size for a CPU
-    python bench.py losses --N 2048 --H 256 --runs 0              # memory alone
-    python bench.py losses --N 16384 --H 2048 --dtype bfloat16    # a GPU
-    python bench.py step                                          # needs trl for the comparison
-    python bench.py engines                                       # needs vLLM for the comparison
+    python -m bench.losses                                               # all tables, at a size for a CPU
+    python -m bench.losses losses --N 2048 --H 256 --runs 0              # memory alone
+    python -m bench.losses losses --N 16384 --H 2048 --dtype bfloat16    # a GPU
+    python -m bench.losses scale --tasks opd lsm teacher                 # as N grows
+    python -m bench.losses gates                                         # gates beside the OPD loss
 
-Times are medians of runs in turns (A B C A B C ...), as multiples of the floor: plain matmuls with the same
-FLOPs in the same turns. Memory is the peak beyond inputs and gradients: on CUDA the allocator's count, on a
-CPU the sum of what torch allocates (its profiler; exact, but blind to scratch space inside a matmul).
+Times are medians of interleaved runs (A B C A B C ...), as multiples of the floor: plain matmuls with the same FLOPs in
+the same runs. Memory is the peak beyond inputs and gradients: on CUDA the allocator's count, on a CPU the sum of what
+torch allocates (from its profiler; exact, but blind to scratch space inside a matmul).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gating import KINDS, gate
+from gating import KINDS, gate, segment_index
 from losses import head_kl, head_logits, head_topk, lsm_loss, opd_loss
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler, be quiet
@@ -302,39 +302,29 @@ def scale(args):
 
 
 def gates(args):
-    """The gates of N positions in 8 responses, beside the OPD loss of the same N."""
+    """The gates of N positions in 8 responses, and their segments, beside the OPD loss of the same N."""
     shape = 8, args.N // 8
-    logp, old = -torch.rand(2, *shape, device=args.device)
-    mask = torch.ones(shape, dtype=torch.bool, device=args.device)
-    newline = torch.rand(shape, device=args.device) < 0.03
-    fns = {kind: partial(gate, logp, old, mask, kind, newline=newline) for kind in KINDS}
+    logp, old = -torch.rand(2, args.N // 8 * 8, device=args.device)
+    mask = torch.ones(shape, dtype=torch.bool)
+    newline = torch.rand(shape) < 0.03
+    fns = {}
+    for kind in KINDS:
+        fns["segments", kind] = partial(segment_index, mask, kind, newline=newline)
+        fns["gate", kind] = partial(gate, logp, old, segment_index(mask, kind, newline=newline).to(args.device))
     times = interleaved(fns | {OURS: opd(make_inputs(args))[0][OURS]}, args.runs or 5)
-    rows = [[k, f"{times[k] * 1e3:.2f}", f"{times[k] / times[OURS]:.2%}"] for k in KINDS]
-    title = f"gating.gate on {list(shape)}, beside the OPD loss, {times[OURS] * 1e3:.0f} ms"
-    table(f"{title}. {sizes(args)}", ["gate", "ms", "of the loss's time"], rows)
-
-
-def step(args):
-    """Ours and TRL's DistillationTrainer in turns."""
-    from bench_step import measure
-
-    rows = measure(args.runs, found("trl"))
-    title = f"A step on 64 rollouts of the toy pair. CPU, {args.threads} thread(s), {args.runs} runs"
-    table(title, ["", "s", "response tokens", "response tokens / s"], rows)
-
-
-def engines(args):
-    """hf and vLLM, one rank and two, in turns."""
-    from bench_step import PHASES
-    from bench_step import engines as measure
-
-    title = f"A step on 64 rollouts of the toy pair, seconds a phase. One thread a rank, {args.runs} runs of 3 steps"
-    table(title, ["", *PHASES, "all", "rollout tokens / s"], measure(args.runs))
+    rows = []
+    for kind in KINDS:
+        gate_time, segment_time = times["gate", kind], times["segments", kind]
+        share = (gate_time + segment_time) / times[OURS]
+        rows.append([kind, f"{gate_time * 1e3:.2f}", f"{segment_time * 1e3:.2f}", f"{share:.2%}"])
+    title = f"Gates of {list(shape)} tokens, beside the OPD loss, {times[OURS] * 1e3:.0f} ms"
+    head = ["gate", "gate, ms per update", "segments, ms per batch", "of the loss's time"]
+    table(f"{title}. {sizes(args)}", head, rows)
 
 
 def main(argv=None):
     cuda = torch.cuda.is_available()
-    tables = {"losses": losses, "scale": scale, "gates": gates, "step": step, "engines": engines}
+    tables = {"losses": losses, "scale": scale, "gates": gates}
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument

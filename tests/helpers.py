@@ -1,6 +1,6 @@
-"""What the tests of whole runs share: a random pair of models, a short run's flags, runs in forked children.
+"""What the tests of whole runs share: a short run's flags, and runs in forked children.
 
-Importing it hides the GPUs, so test_vllm.py, which takes one, does not.
+Importing it hides the GPUs; test_vllm.py, which takes one, does not.
 """
 
 import json
@@ -10,43 +10,26 @@ import random
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
-import data
-import policy
-import rollout
-import toy
 import train
 from configs import TrainConfig, parse
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # equal to the digit, and forked
-HERE = Path(__file__).parent
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare runs bit by bit, and fork
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # real benchmarks and models, which do not come with the repository
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 fork = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="session")
-def pair(tmp_path_factory):
-    """Folders of a random teacher and a random student with the toy's tokenizer."""
-    root = tmp_path_factory.mktemp("pair")
-    torch.set_num_threads(1)
-    for role, hidden, heads in (("teacher", 64, 2), ("student", 32, 2)):
-        lm = toy.model(hidden, heads, seed=len(role))
-        lm.model.embed_tokens.weight.data *= 4  # far enough from uniform to disagree
-        lm.save_pretrained(root / role)
-        toy.tokenizer().save_pretrained(root / role)
-    return str(root / "teacher"), str(root / "student")
 
 
 def flags(pair, out, **options):
     """A short run's command line; options override."""
     values = dict(
-        preset="tiny", teacher=pair[0], student=pair[1], out=out, steps=2, prompts=3, group=2, max_response=24
-    )
-    values |= dict(loss="opd", eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4) | options
+        preset="tiny", teacher=pair[0], student=pair[1], out=out, steps=2, prompts=3, group=2, max_response=24,
+        loss="opd", eval_every=0, block=4, lr=3e-3, warmup=0, sample_every=0, save_every=0, topk=4,
+    )  # fmt: skip
+    values |= options
     return [x for name, value in values.items() for x in (f"--{name}", str(value))]
 
 
@@ -57,6 +40,17 @@ def run(pair, out, **options):
 
 def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def outcome(out):
+    """(metrics but times, final weights). The metrics hold a checksum of every step's rollouts."""
+    rows = [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in metrics(out)]
+    return rows, load_file(Path(out) / "final" / "model.safetensors")
+
+
+def same(a, b):
+    """Whether two finished runs agree bit for bit."""
+    return outcome(a)[0] == outcome(b)[0] and far(outcome(a)[1], outcome(b)[1]) == 0
 
 
 def far(a, b):
@@ -100,29 +94,3 @@ def finished(argv, setup=lambda: None, log=os.devnull, ranks=1):
         process.kill()  # ranks wait for a dead one for hours
         process.join()
     return max(abs(process.exitcode) for process in processes)
-
-
-@pytest.fixture
-def scene(pair):
-    """make(**options) -> (policy, teacher, micro-batches with targets, config): rollouts of ragged lengths."""
-    tokenizer = AutoTokenizer.from_pretrained(pair[1])
-    newline = data.newline_tokens(tokenizer, 42)
-    g = torch.Generator().manual_seed(0)
-    rollouts = []
-    for n in (1, 3, 30, 17, 24, 2, 9):
-        tokens = torch.randint(4, 42, (n,), generator=g)
-        tokens[torch.rand(n, generator=g) < 0.25] = toy.ID["\n"]
-        rollouts.append(rollout.Rollout([1, 5, 6, 7][: 1 + n % 4], tokens.tolist(), [-1.0] * n, "stop"))
-
-    def make(**options):
-        cfg = parse(TrainConfig, flags(pair, "unused", **options))
-        student, teacher = (
-            policy.load_policy(path, cfg, 42, torch.device("cpu"), trainable=path == pair[1]) for path in pair[::-1]
-        )
-        minibatches = data.make_batches(rollouts, cfg, 0, 0, 1, newline, "cpu")
-        for batch in (b for batches in minibatches for b in batches):
-            batch.targets = policy.teacher_targets(teacher, batch, cfg)
-        student.teacher_head = policy.head_weights(teacher)
-        return student, teacher, minibatches, cfg
-
-    return make

@@ -1,9 +1,9 @@
 """When does gating help? Every cell is one train.py command; differences are paired over training seeds, with intervals.
 
-    python study.py                                       # what is missing of the study at toy size, then the report
-    python study.py --flags "--device cuda --prompts 32"  # the same at another size: the flags join every command
-    python study.py --size paper --launch "torchrun --nproc_per_node 8" --probes 0
-    python study.py --report assets/study.jsonl           # tables and figures of a study that has run
+    python -m study.run                                       # what is missing of the study at toy size, then the report
+    python -m study.run --flags "--device cuda --prompts 32"  # the same at another size: the flags join every command
+    python -m study.run --size paper --launch "torchrun --nproc_per_node 8" --probes 0
+    python -m study.run --report study/study.jsonl           # tables and figures of a study that has run
 
 It may be stopped at any time: a finished cell is a line of OUT/study.jsonl, and is not run again. Cells of one loss,
 reuse and seed see the same prompts, rollout seeds and held-out problems. A probe is an ungated run that also records
@@ -44,8 +44,9 @@ SWEEP = {
     "absmean": "--gate block --stat absmean", "rms": "--gate block --stat rms",
     "tau_0.3": "--gate block --tau 0.3", "tau_3": "--gate block --tau 3",
     "small_blocks": "--gate block --block {0}", "large_blocks": "--gate block --block {2}",
-    "toward": "--gate block --gate_on toward", "away": "--gate block --gate_on away",
 }  # fmt: skip
+# Recorded at commit 0d7abf8, where --gate_on let a gate see only drift toward the teacher or away from it. Nothing came of it.
+RETIRED = ("toward", "away")
 # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
 T975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -75,7 +76,7 @@ def cells(args):
 def run_cell(name, flags, args):
     """Runs one cell: its line of study.jsonl, or None where it did not finish."""
     folder, began = Path(args.out) / name, time.time()
-    program = "python probe.py" if "/probe/" in name else f"{args.launch} train.py"
+    program = "python -m study.probe" if "/probe/" in name else f"{args.launch} train.py"
     command = f"{program} {' '.join(flags.split())} --overwrite --out {folder}"
     argv = [sys.executable if part == "python" else part for part in shlex.split(command)]
     with Path(f"{folder}.log").open("w") as log:
@@ -167,7 +168,7 @@ def table(lines, metric, scale=100):
     """Markdown: a row a variant, a column a loss and reuse; "none" in full, the others as differences from it."""
     columns = [f"{loss}, {reuse} reuse" for loss, reuse in PAIRS]
     body = ["| gate | " + " | ".join(columns) + " |", "|---" * (1 + len(PAIRS)) + "|"]
-    for variant in [*MAIN, *SWEEP]:
+    for variant in [*MAIN, *SWEEP, *RETIRED]:
         row = []
         for loss, reuse in PAIRS:
             found = [score(x, metric) * scale for n, x in lines.items() if n.startswith(f"{loss}/{reuse}/none/")]
@@ -188,7 +189,7 @@ def table(lines, metric, scale=100):
 
 def certain(lines, metric):
     """(intervals that exclude zero, all intervals) of a metric's table."""
-    found = [paired(lines, *pair, v, metric)[1:] for pair in PAIRS for v in [*MAIN[1:], *SWEEP]]
+    found = [paired(lines, *pair, v, metric)[1:] for pair in PAIRS for v in [*MAIN[1:], *SWEEP, *RETIRED]]
     return sum(abs(mean) > half for mean, half in found), sum(not math.isnan(half) for _, half in found)
 
 
@@ -228,7 +229,7 @@ def draw_effects(lines, path):
     """The difference of each variant from none in mean@k: seeds as dots, mean and 95 % interval."""
     plt = pyplot()
     figure, (axes,) = plt.subplots(1, len(PAIRS), figsize=(12, 4.2), sharey=True, squeeze=False, layout="constrained")
-    names = [*MAIN[1:], *SWEEP]
+    names = [*MAIN[1:], *SWEEP, *RETIRED]
     for ax, (loss, reuse) in zip(axes, PAIRS, strict=True):
         ax.axvline(0, color="black", linewidth=0.8)
         for i, name in enumerate(names):

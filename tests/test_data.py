@@ -1,20 +1,21 @@
-"""python -m pytest test_data.py"""
+"""python -m pytest tests/test_data.py"""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
+from helpers import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import data
+import gating
 import toy
 from configs import TrainConfig
 from rollout import Rollout
 
-REAL = Path(__file__).parent.parent / "shared" / "data"
+REAL = SHARED / "data"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"the real benchmarks are not at {REAL}")
 
 
@@ -30,7 +31,7 @@ def bpe():
 
 
 def test_newline_tokens_come_from_the_decoded_vocabulary(bpe):
-    ids = set(data.newline_tokens(bpe, len(bpe)).nonzero()[:, 0].tolist())
+    ids = data.newline_tokens(bpe, len(bpe))
     text = "So x is 2.\n\nNext, y.\n\na = b\n"
     tokens = bpe(text, add_special_tokens=False)["input_ids"]
     assert any(len(bpe.decode([i])) > 1 for i in ids)  # such as ".\n\n"
@@ -84,23 +85,25 @@ def test_templates(bpe):
     bpe.chat_template = None
 
 
-def test_stream_is_deterministic_and_goes_on_from_its_position():
-    tok, problems = toy.tokenizer(), data.load("toy", limit=7)
-    make = lambda: data.PromptStream(problems, tok, "auto", 64, seed=3)  # noqa: E731
-    a = make()
-    order = [a.next()[0].id for _ in range(20)]
+def test_prompts_are_a_function_of_the_seed_and_the_step():
+    """Every pass over the problems has each of them once, in an order of its own."""
+    problems = data.load("toy", limit=7)
+    prompts = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=3)
+    steps = [prompts.of_step(step, 2) for step in range(10)]
+    order = [problem.id for step in steps for problem, _ in step]
     assert sorted(order[:7]) == sorted(order[7:14]) == sorted(p.id for p in problems) and order[:7] != order[7:14]
-    b = make()
-    b.position = 9
-    assert [b.next()[0].id for _ in range(11)] == order[9:]
+    again = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=3)
+    assert again.of_step(6, 2) == steps[6]
+    other = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=4)
+    assert [other.of_step(step, 2) for step in range(10)] != steps
 
 
-def test_overlong_prompts_are_dropped_and_counted():
-    tok = toy.tokenizer()
+def test_overlong_prompts_are_left_out_and_counted():
     problems = [data.Problem(str(i), [{"role": "user", "content": "1" * i}], "1") for i in (3, 30, 5)]
-    stream = data.PromptStream(problems, tok, "auto", 10, seed=0)
-    assert {stream.next()[0].id for _ in range(40)} == {"3", "5"}
-    assert stream.dropped == stream.position - 40 == 20
+    prompts = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 10, seed=0)
+    assert {problem.id for problem, _ in prompts.of_step(0, 40)} == {"3", "5"} and prompts.n_dropped == 1
+    with pytest.raises(ValueError, match="all 3 training prompts are longer than --max_prompt 2"):
+        data.TrainingPrompts(problems, toy.tokenizer(), "auto", 2, seed=0)
 
 
 def test_shared_vocab_compares_maps_not_sizes():
@@ -123,8 +126,7 @@ def rollouts(n=11):
 def test_every_rollout_is_in_one_micro_batch_of_one_rank(world):
     """Minibatches, shares of the ranks and micro-batches: nothing lost, nothing twice, equal counts."""
     cfg = TrainConfig(minibatches=2, micro_tokens=90)
-    newline = torch.zeros(42).bool()
-    parts = [data.make_batches(rollouts(), cfg, 5, rank, world, newline, "cpu") for rank in range(world)]
+    parts = [data.make_minibatches(rollouts(), cfg, 5, set(), "cpu", rank, world) for rank in range(world)]
     for m in range(2):
         assert len({len(part[m]) for part in parts}) == 1  # no rank waits for another
     batches = [batch for part in parts for minibatch in part for batch in minibatch]
@@ -132,12 +134,25 @@ def test_every_rollout_is_in_one_micro_batch_of_one_rank(world):
     assert found == [4 + i for i in range(11)]
     for batch in batches:
         assert batch.ids.numel() <= 90 or len(batch.ids) == 1
-        assert (
-            torch.equal(batch.ids[batch.rows, batch.cols + 1], batch.tokens) and len(batch.tokens) == batch.mask.sum()
-        )
-        assert torch.equal(batch.sampler_logp, -(batch.tokens - 4).float())
+        assert torch.equal(batch.ids[batch.rows, batch.cols + 1], batch.tokens)
+        assert batch.tokens.tolist() == [token for r in batch.rollouts for token in r.response]
+        assert torch.equal(batch.logp_sampler, -(batch.tokens - 4).float())
     shares = [sum(len(b.tokens) for minibatch in part for b in minibatch) for part in parts]
     assert max(shares) - min(shares) <= 2 * 40
+
+
+@pytest.mark.parametrize("gate", gating.KINDS)
+def test_a_batch_knows_the_segments_of_its_tokens(gate):
+    """Those that gating.segment_index makes of padded masks."""
+    cfg = TrainConfig(gate=gate, block=7, span_min=3, span_max=9)
+    newlines = {5, 9, 10}
+    responses = [[4 + (3 * i + t) % 8 for t in range(n)] for i, n in enumerate((1, 30, 12, 19))]
+    batch = data.collate([Rollout([1], r, [0.0] * len(r), "stop") for r in responses], cfg, newlines, "cpu")
+    mask = torch.arange(30) < torch.tensor([[len(r)] for r in responses])
+    newline = torch.tensor([[token in newlines for token in r] + [False] * (30 - len(r)) for r in responses])
+    options = dict(block=7, newline=newline, span_min=3, span_max=9)
+    assert torch.equal(batch.segments, gating.segment_index(mask, gate, **options))
+    assert batch.position[0] == 0.5 and batch.position.min() > 0 and batch.position.max() < 1
 
 
 def test_packing_keeps_to_the_budget_longest_first():

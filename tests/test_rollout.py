@@ -1,4 +1,4 @@
-"""python -m pytest test_rollout.py      (the hf sampler and the choice; test_vllm.py has the other)"""
+"""python -m pytest tests/test_rollout.py      (the hf sampler and the choice; test_vllm.py has the other)"""
 
 import copy
 import random
@@ -11,7 +11,8 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 import toy
-from rollout import HFSampler, Rollout, choose, make_sampler, seed_for, stop_ids
+from policy import stop_ids
+from rollout import HFSampler, Rollout, choose, make_sampler, seed_for
 
 V, PAD, STOPS = 32, 0, [1, 2]
 PLAIN = dict(max_tokens=12, temperature=1.0, top_p=1.0, top_k=0)
@@ -176,7 +177,7 @@ def test_no_global_random_state_moves(model):
 def test_sync_changes_the_samplers_own_copy_and_leaves_a_shared_model(model):
     other = tiny(seed=1)
     weights = other.state_dict()
-    mine, shared = (sampler(copy.deepcopy(model), own=True), sampler(model))
+    mine, shared = (sampler(copy.deepcopy(model), owns_model=True), sampler(model))
     old, new = mine.sample(PROMPTS, SEEDS, **PLAIN), sampler(other).sample(PROMPTS, SEEDS, **PLAIN)
     storage = [p.data_ptr() for p in mine.model.parameters()]
     mine.sync(weights.items())
@@ -189,7 +190,7 @@ def test_sync_changes_the_samplers_own_copy_and_leaves_a_shared_model(model):
 def test_sync_refuses_weights_with_a_gap(model):
     weights = [(name, w) for name, w in model.state_dict().items() if "layers.1" not in name]
     with pytest.raises(AssertionError, match="layers.1"):
-        sampler(copy.deepcopy(model), own=True).sync(weights)
+        sampler(copy.deepcopy(model), owns_model=True).sync(weights)
 
 
 def test_a_model_that_trains_with_gradient_checkpointing_samples_with_its_cache_and_trains_on(model):
@@ -214,6 +215,13 @@ def test_training_mode_comes_back_after_an_error(model):
     with pytest.raises(IndexError):
         sampler(student).sample([[5, V + 9]], [0], **PLAIN)
     assert student.training and student.generation_config.to_dict() == model.generation_config.to_dict()
+
+
+def test_a_sampler_that_is_stopped_returns_at_once(model):
+    asked = []
+    stopping = sampler(model, stops=[], should_stop=lambda: asked.append(1) or len(asked) > 3)
+    found = stopping.sample(PROMPTS, SEEDS, **PLAIN)
+    assert len(asked) == 4 and all(len(r.response) == 4 for r in found)
 
 
 def test_no_prompts_give_no_rollouts(model):
@@ -257,14 +265,15 @@ def test_auto_takes_vllm_where_its_build_fits_the_gpu(monkeypatch, built, device
         assert choose("vllm", device) == ("vllm", "as asked")
 
 
-def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model):
+def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model, capsys):
     model.generation_config.eos_token_id = [2, 9]
     model.save_pretrained(tmp_path)
     cfg = SimpleNamespace(rollout="auto", device="cpu", trust_remote_code=False)
-    tokenizer, said = SimpleNamespace(eos_token_id=1, pad_token_id=0), []
-    shared = make_sampler(cfg, tmp_path, model, tokenizer, V, said.append)
-    assert shared.model is model and not shared.own and shared.stops == [1, 2, 9]
-    own = make_sampler(cfg, tmp_path, None, tokenizer, V, said.append)
-    assert own.model is not model and own.own
+    tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
+    shared = make_sampler(cfg, tmp_path, model, tokenizer, V)
+    assert shared.model is model and not shared.owns_model and shared.stops == [1, 2, 9]
+    own = make_sampler(cfg, tmp_path, None, tokenizer, V)
+    assert own.model is not model and own.owns_model
     assert all(map(same, *(s.sample(PROMPTS, SEEDS, **PLAIN) for s in (shared, own))))
-    assert len(said) == 2 and said[0].startswith("sampling with hf: ") and "\n" not in said[0]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith("sampling with hf: ")

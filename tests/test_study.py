@@ -1,14 +1,11 @@
-"""python -m pytest test_study.py      (two cells of a study, random models)"""
+"""python -m pytest tests/test_study.py      (two cells of a study, random models)"""
 
 import json
 import math
 
 import pytest
 
-import study
-import testing
-
-pair = testing.pair  # random teacher and student
+from study import run as study
 
 
 def lines(values):

@@ -1,4 +1,4 @@
-"""report.py: estimators, intervals, comparisons. Run: python -m pytest test_report.py"""
+"""report.py: estimators, intervals, comparisons. Run: python -m pytest tests/test_report.py"""
 
 import itertools
 import random

@@ -1,4 +1,4 @@
-"""python -m pytest test_teacher.py      (a server of our own on loopback; test_vllm.py asks a real one)"""
+"""python -m pytest tests/test_teacher.py      (a server of our own on loopback; test_vllm.py asks a real one)"""
 
 import json
 import re
@@ -8,18 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import far, flags, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import policy
 import teacher
-import testing
 import train
 from configs import TrainConfig, parse
-from testing import far, flags
-
-pair = testing.pair  # random teacher and student
-scene = testing.scene
 
 
 class Server(ThreadingHTTPServer):
@@ -84,34 +80,32 @@ def server(pair):
 
 @pytest.mark.parametrize("loss", ["opd", "lsm", "fkl_topk", "tail_topk"])
 def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, loss):
-    student, _, minibatches, cfg = scene(loss=loss, micro_tokens=70)
+    student, _, minibatches, cfg, _ = scene(loss=loss, micro_tokens=70)
     batches = sum(minibatches, [])
     remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
     for batch, found in zip(batches, remote.targets(batches), strict=True):
-        torch.testing.assert_close(found["logp"], batch.targets["logp"], rtol=1e-5, atol=1e-5)
-        _, local, _ = policy.position_loss(student, batch, cfg)
+        torch.testing.assert_close(found["logp"], batch.teacher["logp"], rtol=1e-5, atol=1e-5)
+        _, local, _ = train.position_loss(student, batch, cfg, None)
         if loss != "opd":
-            assert torch.equal(found["ids"], batch.targets["ids"])
-            torch.testing.assert_close(found["logq"], batch.targets["logq"], rtol=1e-5, atol=1e-5)
-        batch.targets = found
-        torch.testing.assert_close(policy.position_loss(student, batch, cfg)[1], local, rtol=1e-3, atol=1e-5)
+            assert torch.equal(found["ids"], batch.teacher["ids"])
+            torch.testing.assert_close(found["logq"], batch.teacher["logq"], rtol=1e-5, atol=1e-5)
+        batch.teacher = found
+        torch.testing.assert_close(train.position_loss(student, batch, cfg, None)[1], local, rtol=1e-3, atol=1e-5)
 
 
 def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
     for loss in ("opd", "lsm"):
-        _, local = testing.run(pair, tmp_path / f"{loss}a", loss=loss)
-        _, remote = testing.run(
-            (tmp_path / "nowhere", pair[1]), tmp_path / f"{loss}b", loss=loss, teacher_url=server.url
-        )
+        _, local = run(pair, tmp_path / f"{loss}a", loss=loss)
+        _, remote = run((tmp_path / "nowhere", pair[1]), tmp_path / f"{loss}b", loss=loss, teacher_url=server.url)
         assert far(remote, local) < 1e-4
 
 
 def test_a_busy_server_is_asked_again(pair, scene, server):
-    _, _, (batches, *_), cfg = scene(loss="opd")
+    _, _, (batches, *_), cfg, _ = scene(loss="opd")
     remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
     server.failures = 2
     for batch, found in zip(batches, remote.targets(batches), strict=True):
-        torch.testing.assert_close(found["logp"], batch.targets["logp"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["logp"], batch.teacher["logp"], rtol=1e-5, atol=1e-5)
     assert server.failures == 0
 
 
@@ -142,26 +136,26 @@ def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, serve
     """Nothing is lost: the steps before are saved, though no checkpoint was due."""
     monkeypatch.setattr(teacher, "RETRIES", 1)
     options = dict(loss="lsm", steps=4, teacher_url=server.url)
-    _, straight = testing.run(pair, tmp_path / "a", **options)
+    _, straight = run(pair, tmp_path / "a", **options)
     server.dies_after = server.asked + 3 + 2 * 6  # the three checks, and two steps of six rollouts
     with pytest.raises(SystemExit, match="--teacher_url: no answer"):
-        testing.run(pair, tmp_path / "b", **options)
+        run(pair, tmp_path / "b", **options)
     assert checkpoint.latest(tmp_path / "b").name == "step-2"
     server.dies_after = 10**9
-    _, resumed = testing.run(pair, tmp_path / "b", **options, resume=True)
+    _, resumed = run(pair, tmp_path / "b", **options, resume=True)
     assert far(resumed, straight) == 0
 
 
 @pytest.mark.parametrize("loss", ["lsm", "fkl_topk", "tail_topk"])
 def test_places_of_the_top_k_that_stay_empty_do_not_count(scene, loss):
     """A server's top-K may hold ids that only pad its embedding: the support is then smaller."""
-    student, _, ((batch,),), cfg = scene(minibatches=1, micro_tokens=10**6, loss=loss, topk=5)
-    full, grads = dict(batch.targets), []
+    student, _, ((batch,),), cfg, _ = scene(minibatches=1, micro_tokens=10**6, loss=loss, topk=5)
+    full, grads = dict(batch.teacher), []
     last = torch.arange(5) == 4
     less = {"ids": full["ids"].masked_fill(last, 0), "logq": full["logq"].masked_fill(last, -torch.inf)}
     for targets in (less, {"ids": full["ids"][:, :4], "logq": full["logq"][:, :4]}):
-        batch.targets = full | targets
-        _, x, info = policy.position_loss(student, batch, cfg)
+        batch.teacher = full | targets
+        _, x, info = train.position_loss(student, batch, cfg, None)
         x.sum().backward()
         grads.append({name: p.grad for name, p in student.named_parameters()} | info | {"loss": x.detach()})
         student.zero_grad()
@@ -169,10 +163,10 @@ def test_places_of_the_top_k_that_stay_empty_do_not_count(scene, loss):
 
 
 def test_an_offloaded_teacher_waits_in_host_memory_and_says_the_same(scene, monkeypatch):
-    _, lm, (batches, *_), cfg = scene(loss="lsm", teacher_offload=True)
+    _, lm, (batches, *_), cfg, _ = scene(loss="lsm", teacher_offload=True)
     moves, to = [], policy.Policy.to
     monkeypatch.setattr(policy.Policy, "to", lambda self, device: moves.append(str(device)) or to(self, device))
     local = teacher.LocalTeacher(lm, cfg, torch.device("cpu", 0))
     for batch, found in zip(batches, local.targets(batches), strict=True):
-        assert all(torch.equal(found[name], x) for name, x in batch.targets.items())
+        assert all(torch.equal(found[name], x) for name, x in batch.teacher.items())
     assert moves == ["cpu", "cpu:0", "cpu"]  # "cpu:0" stands for the GPU here

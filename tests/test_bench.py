@@ -1,4 +1,4 @@
-"""python -m pytest test_bench.py      (tiny sizes; what is installed besides torch is compared too)"""
+"""python -m pytest tests/test_bench.losses      (tiny sizes; what is installed besides torch is compared too)"""
 
 import json
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
-import bench_step
+from bench import losses as bench
+from bench import step as bench_step
 
 TINY = "--device cpu --dtype float32 --N 48 --H 16 --V 320 --K 4 --runs 1 --threads 1".split()
 
 
 def arguments(monkeypatch, *flags):
-    """The namespace that bench.py makes of the flags."""
+    """The namespace that bench.losses makes of the flags."""
     seen = []
     monkeypatch.setattr(bench, "gates", seen.append)
     bench.main(["gates", *TINY, *flags])
@@ -90,9 +90,8 @@ def test_an_absent_package_is_said_so(capsys, monkeypatch):
 @pytest.mark.skipif(not Path("out/toy").exists(), reason="the toy pair is not trained: python toy.py")
 def test_a_step_runs_on_the_projects_own_functions():
     import data
-    from bench_step import our_trainer
 
-    step, *_ = our_trainer(data.load("toy", limit=2))
+    step, *_ = bench_step.our_trainer(data.load("toy", limit=2))
     assert 0 < step() <= 200
 
 

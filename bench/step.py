@@ -1,5 +1,10 @@
-"""The measurements behind `python bench.py step`, ours and TRL's trainer in turns, and `engines`, samplers and ranks in turns."""
+"""Time of whole training steps on the toy pair: ours and TRL's DistillationTrainer, samplers, one rank and two.
 
+python -m bench.step trl          # ours and TRL's trainer in turns (pip install trl)
+python -m bench.step engines      # hf and vLLM, one rank and two, in turns (vLLM: requirements-vllm.txt)
+"""
+
+import argparse
 import importlib.util
 import itertools
 import json
@@ -13,34 +18,40 @@ from pathlib import Path
 
 import torch
 
+from bench.losses import found, table
+
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def our_trainer(prompts):
-    """(step, paths, tokenizer, lr): step() takes one step on a rollout a prompt, and returns its tokens."""
+    """(step, paths, tokenizer, lr): step() takes one step on a rollout per prompt, and returns its response tokens."""
     import data
+    import policy
     import rollout
     import train
     from configs import TrainConfig, parse
-    from policy import full_weights, load_policy, teacher_targets
+    from teacher import teacher_targets
 
     flags = "--preset tiny --epochs 1 --minibatches 1 --rollout hf --device cpu --out out/bench"
     cfg, device = parse(TrainConfig, flags.split()), torch.device("cpu")
-    _, paths, tokenizer, vocab, *_ = train.prepare(cfg, device)
-    policy = load_policy(paths["student"], cfg, vocab, device, trainable=True)
-    teacher = load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
-    optimizer = torch.optim.AdamW(policy.parameters(), cfg.lr)
-    sampler = rollout.make_sampler(cfg, paths["student"], policy.lm, tokenizer, vocab, str)
-    newline = data.newline_tokens(tokenizer, vocab)
+    paths = policy.model_paths(cfg)
+    tokenizer, vocab = policy.load_tokenizer(paths, cfg)
+    student = policy.load_policy(paths["student"], cfg, vocab, device, trainable=True)
+    teacher = policy.load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    optimizer = torch.optim.AdamW(student.parameters(), cfg.lr)
+    sampler = rollout.make_sampler(cfg, paths["student"], student.lm, tokenizer, vocab)
+    newlines = data.newline_tokens(tokenizer, vocab)
     ids, steps = [data.encode(p, tokenizer) for p in prompts], itertools.count()
 
     def step():
         n = next(steps)
-        sampler.sync(full_weights(policy))
+        sampler.sync(policy.full_weights(student))
         jobs = [(prompt, rollout.seed_for(n, i)) for i, prompt in enumerate(ids)]
-        rollouts = train.sample(sampler, jobs, 0, 1, **train.sampling_options(cfg))
-        (batches,) = data.make_batches(rollouts, cfg, n, 0, 1, newline, device)
+        rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
+        (batches,) = data.make_minibatches(rollouts, cfg, n, newlines, device)
         for batch in batches:
-            batch.targets = teacher_targets(teacher, batch, cfg)
-        train.update(policy, optimizer, batches, cfg, True)
+            batch.teacher = teacher_targets(teacher, batch, cfg)
+        train.update(student, optimizer, batches, cfg)
         return sum(len(r.response) for r in rollouts)
 
     return step, paths, tokenizer, cfg.lr
@@ -123,7 +134,7 @@ def engines(runs):
             flags = f"--preset tiny --steps 5 --eval_every 0 --save_every 0 --rollout {kind} --out {folder}/run"
             env = os.environ | {"OMP_NUM_THREADS": "1"}
             command = [sys.executable, *launch, "train.py", *flags.split()]
-            subprocess.run(command, cwd=Path(__file__).parent, env=env, check=True, capture_output=True)
+            subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
             lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
         found.setdefault((kind, ranks), []).extend(map(json.loads, lines[2:]))
     rows = []
@@ -133,3 +144,22 @@ def engines(runs):
         rate = statistics.median(row["tokens_per_s/rollout"] for row in steps)
         rows.append([f"{kind}, {ranks} rank(s)", *(f"{t:.2f}" for t in (*times, total)), f"{rate:,.0f}"])
     return rows if len(kinds) > 1 else rows + [["vllm", "not installed", "", "", "", ""]]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["trl", "engines"])
+    parser.add_argument("--runs", type=int, default=5, help="of each row")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.what == "trl":
+        title = f"A step on 64 rollouts of the toy pair. CPU, {args.threads} thread(s), {args.runs} runs"
+        table(title, ["", "s", "response tokens", "response tokens / s"], measure(args.runs, found("trl")))
+    else:
+        title = f"A step on 64 rollouts of the toy pair, seconds per phase. One thread per rank, {args.runs} runs of 3 steps"
+        table(title, ["", *PHASES, "all", "rollout tokens / s"], engines(args.runs))
+
+
+if __name__ == "__main__":
+    main()

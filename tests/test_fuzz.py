@@ -1,4 +1,4 @@
-"""python -m pytest test_fuzz.py                    EXAMPLES=10000 python -m pytest test_fuzz.py: the long form"""
+"""python -m pytest tests/test_fuzz.py                    EXAMPLES=10000 python -m pytest tests/test_fuzz.py: the long form"""
 
 import json
 import math
@@ -8,19 +8,17 @@ import tempfile
 from pathlib import Path
 
 import torch
+from helpers import flags
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import data
 import gating
 import losses
-import testing
 import toy
 import train
 from configs import TrainConfig, parse
-from testing import flags
 
-pair = testing.pair  # random teacher and student
 EXAMPLES = int(os.environ.get("EXAMPLES", 40))
 
 # -----------------------------------------------------------------------------
@@ -42,13 +40,14 @@ def test_gates_are_finite(data, B, T):
     logp, old = tensor(data, B, T), tensor(data, B, T)
     mask, newline = (tensor(data, B, T, values=st.booleans()).bool() for _ in range(2))
     kind, stat = data.draw(st.sampled_from(gating.KINDS)), data.draw(st.sampled_from(gating.STATS))
-    options = dict(
-        tau=data.draw(st.sampled_from([0.0, 1.0, 1e4, 1e30])), block=data.draw(st.integers(1, 8)), span_min=2
-    )
-    g, s = gating.gate(logp, old, mask, kind, stat=stat, newline=newline, **options)
-    assert g.isfinite().all() and s.isfinite().all() and ((g >= 0) & (g <= 1)).all() and not g[~mask].any()
-    assert gating.normalise(g, mask).isfinite().all()
-    assert all(x.isfinite() for x in gating.gate_stats(g, s, gating.drift(logp, old, mask), mask).values())
+    tau = data.draw(st.sampled_from([0.0, 1.0, 1e4, 1e30]))
+    options = dict(block=data.draw(st.integers(1, 8)), span_min=2, newline=newline)
+    segments = gating.segment_index(mask, kind, **options)
+    g, s = gating.gate(logp[mask], old[mask], segments, tau=tau, stat=stat)
+    assert g.isfinite().all() and s.isfinite().all() and ((g >= 0) & (g <= 1)).all()
+    assert all(x.isfinite() for x in gating.gate_stats(g, s, gating.drift(logp[mask], old[mask])).values())
+    weights = gating.gate_weights(logp, old, mask, kind, tau=tau, stat=stat, **options)
+    assert weights.isfinite().all() and not weights[~mask].any()
 
 
 @examples
@@ -60,14 +59,12 @@ def test_losses_and_their_gradients_are_finite(data, N, K, kind):
 
     if kind == "opd":
         x, old, teacher = (tensor(data, N) for _ in range(3))
-        loss, info = losses.opd_loss(
-            x.requires_grad_(), old, teacher, switch(None, 0.2), switch(None, 0.2), switch(None, 3.0)
-        )
+        loss, info = losses.opd_loss(x.requires_grad_(), old, teacher, switch(0, 0.2), switch(0, 0.2), switch(0, 3.0))
         assert all(value.isfinite().all() for value in info.values())
     else:
         x, logq = tensor(data, N, K).requires_grad_(), tensor(data, N, K)
         support = switch(None, tensor(data, N, K, values=st.booleans()).bool())
-        options = dict(log_ratio_clamp=switch(None, 2.0), forward=switch(False, True))
+        options = dict(log_ratio_clamp=switch(0, 2.0), forward=switch(False, True))
         if kind == "exact":
             options |= dict(renormalise=False, lse=x.float().nan_to_num(neginf=-1e4).logsumexp(-1))
         normal = (v.float().nan_to_num(neginf=-1e4).log_softmax(-1) - 0.1 for v in (x, logq))
@@ -133,6 +130,6 @@ def test_fuzz_of_data_files_ends_in_problems_or_one_line(content, suffix):
         path.write_bytes(content)
         try:
             problems = data.load(str(path), seed=0)
-            assert data.PromptStream(problems, toy.tokenizer(), "auto", 1000, 0).next()
+            assert data.TrainingPrompts(problems, toy.tokenizer(), "auto", 1000, 0).of_step(0, 1)
         except (ValueError, OSError):
             pass

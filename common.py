@@ -1,0 +1,160 @@
+"""What several files share: ranks, errors that end a run in one line, and files that survive a kill."""
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+# -----------------------------------------------------------------------------
+# ranks: one process, or those that torchrun started
+
+
+def init_device(cfg) -> torch.device:
+    """Joins the process group that torchrun describes, seeds torch, and returns this rank's device.
+
+    ValueError if CUDA is asked for and is not there.
+    """
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device on this machine")
+    if name == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # RANK counts over all nodes
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        # Long timeout: ranks wait for the slowest rollout. torchrun detects dead ranks.
+        dist.init_process_group(backend, timeout=timedelta(days=1))
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x) -> list:
+    """[x of rank 0, x of rank 1, ...] on every rank; x is anything that pickles. A collective: all ranks must call it."""
+    if not dist.is_initialized():
+        return [x]
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, x)
+    return parts
+
+
+def say(message):
+    """Prints a line on rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(str(message))
+
+
+def rng_state():
+    """Of every generator of this process, in types that torch.load(weights_only=True) takes."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def set_rng_state(state):
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# -----------------------------------------------------------------------------
+# errors
+
+
+def one_line(error) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def exit_all(message):
+    """Ends the run with one line on stderr and exit code 1. Every rank must call it."""
+    sys.exit(f"train.py: {message}" if rank() == 0 else 1)
+
+
+def on_all_ranks(task, *args, **kwargs):
+    """task(*args, **kwargs). If it raises ValueError or OSError on any rank, all ranks exit with the first message.
+
+    Without this, the ranks on which it went well would wait in their next collective for the one that died.
+    """
+    result = error = None
+    try:
+        result = task(*args, **kwargs)
+    except (ValueError, OSError) as e:
+        error = one_line(e)
+    errors = [e for e in gather(error) if e]
+    if errors:
+        exit_all(errors[0])
+    return result
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def write_file(path: Path, text: str):
+    """Replaces a file as a whole: a process that dies, or a power cut, leaves the old text or the new one."""
+    tmp = path.with_name(path.name + ".tmp")
+    with tmp.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    tmp.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path):
+    """Flushes a file, or a folder's list of names, to the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    """The rows of a file that we wrote. A last line without its newline was cut off by a kill, and is left out."""
+    try:
+        return [json.loads(line) for line in Path(path).read_bytes().split(b"\n")[:-1]]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+@functools.cache
+def versions() -> dict:
+    """Of Python, of the packages that matter, and of this code (its git commit, where git knows it)."""
+    found = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "vllm", "math-verify", "sympy"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here, as in slim containers
+        found["commit"] = ""
+    return found
