@@ -59,38 +59,60 @@ def far(a, b):
 
 
 # -----------------------------------------------------------------------------
-# runs in forked children, which have nothing to import
+# forked children, which have nothing to import
 
 
-def start(argv, setup=lambda: None, log=os.devnull):
-    """A child that runs train.py on argv; what it prints goes to the file `log`."""
+def start_child(task, log=os.devnull):
+    """A child that runs task(); what it prints goes to the file `log`."""
 
     def child():
         for fd in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), fd)
         sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)
         torch.set_num_threads(1)
-        train.plot.draw = lambda out: None  # half of the time of a short run
-        setup()
-        train.main(parse(TrainConfig, argv))
+        task()
 
     process = fork.Process(target=child)
     process.start()
     return process
 
 
-def launch(argv, ranks=1, **kwargs):
-    """Children that are the ranks of one run."""
+def start_ranks(task, ranks, log=os.devnull):
+    """Children that run task(rank), with the environment that torchrun would give them."""
     world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(random.randint(20000, 60000)))
-    env = [world | dict(RANK=str(r), LOCAL_RANK=str(r), LOCAL_WORLD_SIZE=str(ranks)) for r in range(ranks)]
-    return [start(argv, lambda r=r: os.environ.update(env[r]) if ranks > 1 else None, **kwargs) for r in range(ranks)]
+
+    def one(rank):
+        os.environ.update(world, RANK=str(rank), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(ranks))
+        task(rank)
+
+    return [start_child(lambda rank=rank: one(rank), log) for rank in range(ranks)]
 
 
-def finished(argv, setup=lambda: None, log=os.devnull, ranks=1):
-    """The largest exit code of a run."""
-    processes = launch(argv, ranks, log=log) if ranks > 1 else [start(argv, setup, log)]
+def join(processes):
+    """The largest exit code."""
     for process in processes:
         process.join(300)
         process.kill()  # ranks wait for a dead one for hours
         process.join()
     return max(abs(process.exitcode) for process in processes)
+
+
+def train_on(argv, setup=lambda: None):
+    train.plot.draw = lambda out: None  # half of the time of a short run
+    setup()
+    train.main(parse(TrainConfig, argv))
+
+
+def start(argv, setup=lambda: None, log=os.devnull):
+    """A run of train.py."""
+    return start_child(lambda: train_on(argv, setup), log)
+
+
+def launch(argv, ranks=1, log=os.devnull):
+    """The ranks of one run of train.py."""
+    return start_ranks(lambda rank: train_on(argv), ranks, log) if ranks > 1 else [start(argv, log=log)]
+
+
+def finished(argv, setup=lambda: None, log=os.devnull, ranks=1):
+    """The largest exit code of a run of train.py."""
+    return join(launch(argv, ranks, log) if ranks > 1 else [start(argv, setup, log)])
