@@ -175,40 +175,27 @@ class _HeadLogits(torch.autograd.Function):
 
 @torch.no_grad()
 def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, chunk=None):
-    """A teacher's targets in fp32: top-k (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J].
+    """A teacher's targets: the k most likely tokens, (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J].
 
-    Memory beyond the result is about one chunk, whatever N: some positions' logits over the whole vocabulary.
+    Arguments as in head_logits. A few positions at a time, over the whole vocabulary: memory beyond the result is one
+    chunk, whatever N.
     """
-    vocab, chunk = vocab or weight.shape[0], chunk or 3 * _default_chunk(hidden, cpu=24, cuda=26)
-    group = 16 if vocab >= 32 * k else 1
-    tile = vocab if hidden.is_cuda else min(vocab, 1024)  # on a CPU the passes over it stay in the cache
-    width = group * math.ceil(tile / group)
-    count = math.ceil(vocab / width)
-    rows = max(1, min(len(hidden), chunk // (count * width)))
-    z = None if ids is None else _logits_at(ids, hidden, weight, bias, temperature, chunk)
-    tiles = hidden.new_empty(count, rows, width, dtype=torch.float32)
-    tiles[-1, :, vocab - (count - 1) * width :] = -math.inf  # beyond the vocabulary
-    parts = [_topk(h, weight, k, bias, temperature, vocab, tiles[:, : len(h)], group) for h in hidden.split(rows)]
-    top, logq, lse = (torch.cat(x) for x in zip(*parts, strict=True))
-    return (top, logq) if z is None else (top, logq, z - lse)
-
-
-def _topk(hidden, weight, k, bias, temperature, vocab, tiles, group):
-    """(ids [N, k], logq [N, k], lse [N, 1]). The k largest lie in the k groups of logits with the largest maxima."""
-    count, N, width = tiles.shape
-    size, part, maxima = width // group, [], []  # size: groups in a tile
-    for tile, start in zip(tiles, range(0, vocab, width), strict=True):
-        v = slice(start, min(start + width, vocab))
-        _logits_(tile[:, : v.stop - start], hidden, weight, bias, v, temperature)
-        part.append(_log_softmax_(tile)[:, None])
-        maxima.append(tile.view(N, group, size).amax(1) + part[-1].float())
-    part, best = torch.cat(part, 1), torch.cat(maxima, 1).topk(k).indices[:, None]
-    member, row = (torch.arange(n, device=best.device)[:, None] for n in (group, N))
-    ids = (best // size * width + best % size + size * member).flatten(1)
-    j = ids // width
-    value, at = (tiles[j, row, ids % width] + part.gather(1, j)).topk(k)
-    lse = part.logsumexp(1, keepdim=True)
-    return ids.gather(1, at), (value - lse).float(), lse.float()
+    v = slice(0, vocab or weight.shape[0])
+    rows = max(1, (chunk or _default_chunk(hidden, cpu=24, cuda=27)) // v.stop)
+    buffer = hidden.new_empty(min(rows, len(hidden)), v.stop, dtype=torch.float32)
+    top_ids, top_logq, logq_at_ids = [], [], []
+    for start in range(0, max(1, len(hidden)), rows):  # once even if N = 0
+        h = hidden[start : start + rows]
+        logits = _logits_(buffer[: len(h)], h, weight, bias, v, temperature)  # [rows, V]
+        top = logits.topk(k)
+        z = None if ids is None else logits.gather(1, ids[start : start + rows])
+        peak = top.values[:, :1]
+        lse = peak + logits.sub_(peak).exp_().sum(1, keepdim=True).log()  # in place: the logits have served
+        top_ids.append(top.indices)
+        top_logq.append(top.values - lse)
+        logq_at_ids.append(None if ids is None else z - lse)
+    parts = [top_ids, top_logq] if ids is None else [top_ids, top_logq, logq_at_ids]
+    return tuple(torch.cat(part) for part in parts)
 
 
 # -----------------------------------------------------------------------------
