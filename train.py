@@ -146,14 +146,14 @@ def update(policy, optimizer, batches, cfg, teacher_head=None):
     for batch in batches:
         # log pi(y_t) of the current student, and the base loss, at every response token
         logp, loss, info = position_loss(policy, batch, cfg, teacher_head)
-        if (
-            batch.logp_old is None
-        ):  # the first pass over this rollout batch: this is the student before the first update
+        # The first pass over a rollout batch comes before any update on it: this is pi_old.
+        if batch.logp_old is None:
             batch.logp_old = logp
-        # drift d_t = log pi(y_t) - log pi_old(y_t), its signed mean s over each segment, gate g = exp(-tau |s|)
+        # Drift d_t = log pi(y_t) - log pi_old(y_t); s, its signed mean over each segment; the gate g = exp(-tau |s|).
         g, s = gate(logp, batch.logp_old, batch.segments, tau=tau, stat=cfg.stat)
-        weighted_loss = (g * loss).sum()  # g is detached: it weights the gradient, and is not trained on
-        weighted_loss.backward()  # adds to the gradient of sum_t g_t loss_t
+        # The numerator. g has no gradient: it weights the loss, and is not trained on.
+        weighted_loss = (g * loss).sum()
+        weighted_loss.backward()  # gradients add up over the micro-batches
         sums += torch.stack([weighted_loss.detach(), g.sum()])
         d = drift(logp, batch.logp_old)
         per_token.append({**info, "loss": loss.detach(), "g": g, "s": s, "d": d, "position": batch.position})
@@ -215,13 +215,13 @@ def setup(cfg) -> Run:
     say(f"preset {cfg.preset}, {device}, {world_size()} rank(s)")
 
     # Everything that can be wrong is checked before a model loads or a file is written.
-    found = on_all_ranks(checkpoint.find, cfg)  # to go on from, or None
+    resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # vLLM may be asked for and be unable to run
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
     prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
     on_all_ranks(checkpoint.claim, cfg)  # from here on, --out is this run's
-    start = checkpoint.number(found) if found else 0
+    start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
     say(json.dumps(asdict(cfg)))
     describe_prompt(prompts.at(start * cfg.prompts)[1], tokenizer, paths)
@@ -230,15 +230,15 @@ def setup(cfg) -> Run:
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocab, device, trainable=True)
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
-    if found:
-        checkpoint.restore(found, policy, optimizer)
+    if resume_from:
+        checkpoint.restore(resume_from, policy, optimizer)
     stop = checkpoint.StopSignal()
     options = {"max_len": cfg.max_prompt + cfg.max_response, "tp": cfg.tp, "should_stop": stop.requested_here}
     sampler = on_all_ranks(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, **options)
     newlines = data.newline_tokens(tokenizer, vocab)
     return Run(
         device, tokenizer, prompts, held_out, newlines, policy, teacher, optimizer, sampler, logger, stop,
-        resumed=bool(found), start=start,
+        resumed=bool(resume_from), start=start,
     )  # fmt: skip
 
 
