@@ -15,7 +15,6 @@ the kind would give. In a response that was cut off by its token limit, only a b
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 from dataclasses import asdict, replace
@@ -136,18 +135,10 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def weights_digest(path, revision):
-    """Of a folder's model files: names, sizes, and a MiB at either end of each. Of a hub model: its commit."""
-    parts = []
-    for file in sorted(Path(path).glob("*")) if Path(path).is_dir() else []:
-        if file.suffix in (".safetensors", ".bin", ".json"):
-            size = file.stat().st_size
-            with open(file, "rb") as f:
-                ends = f.read(1 << 20)
-                f.seek(-min(1 << 20, size), os.SEEK_END)
-                ends += f.read()
-            parts.append([file.name, size, hashlib.sha256(ends).hexdigest()])
-    return digest(*parts) if parts else revision
+def weights_version(path, commit):
+    """Changes when a folder's model does: the newest modification time of its files. Of a hub model, its commit."""
+    times = [file.stat().st_mtime for file in Path(path).glob("*") if file.is_file()]
+    return max(times, default=commit)
 
 
 # -----------------------------------------------------------------------------
@@ -197,17 +188,12 @@ def prepare(cfg, device):
     longest, context = max(map(len, prompts)), getattr(config, "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
-    cfg = replace(
-        cfg,
-        model=model,
-        data=names,
-        n=cfg.n or cfg.k,
-        max_tokens=min(cfg.max_tokens, context - longest),
-        out=cfg.out or str(Path("out/eval", label, "+".join(paths))),
-    )
+    out = cfg.out or str(Path("out/eval", label, "+".join(paths)))
+    max_tokens = min(cfg.max_tokens, context - longest)
+    cfg = replace(cfg, model=model, data=names, n=cfg.n or cfg.k, max_tokens=max_tokens, out=out)
     identity = {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
     identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type, "world": world_size()}
-    identity["weights"] = weights_digest(model, getattr(config, "_commit_hash", None))
+    identity["weights"] = weights_version(model, getattr(config, "_commit_hash", None))
     for name in sets:
         identity[f"problems of {name}"] = digest(*([p.id, p.prompt, p.answer] for p in sets[name]))
     return cfg, label, tokenizer, problems, identity | {"prompts": digest(*prompts)}

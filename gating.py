@@ -185,13 +185,8 @@ def gate_stats(g: Tensor, s: Tensor, d: Tensor) -> dict[str, Tensor]:
         return {}
     # torch.quantile refuses more than 2^24 values, so take the 5th percentile by rank.
     p05 = g.kthvalue(max(1, round(0.05 * len(g)))).values
+    ess = g.sum() ** 2 / (len(g) * g.square().sum()).clamp(min=torch.finfo(g.dtype).tiny)
     return {
-        "mean": g.mean(),
-        "min": g.min(),
-        "p05": p05,
-        "ess": g.sum() ** 2 / (len(g) * g.square().sum()).clamp(min=torch.finfo(g.dtype).tiny),
-        "below_half": (g < 0.5).float().mean(),
-        "drift_abs": d.abs().mean(),
-        "s_abs": s.abs().mean(),
-        "s_max": s.abs().max(),
-    }
+        "mean": g.mean(), "min": g.min(), "p05": p05, "ess": ess, "below_half": (g < 0.5).float().mean(),
+        "drift_abs": d.abs().mean(), "s_abs": s.abs().mean(), "s_max": s.abs().max(),
+    }  # fmt: skip

@@ -42,12 +42,7 @@ def seed_for(*parts) -> int:
 
 def sampling_options(cfg) -> dict:
     """What sampler.sample() takes besides prompts and seeds, from a TrainConfig."""
-    return {
-        "max_tokens": cfg.max_response,
-        "temperature": cfg.temperature,
-        "top_p": cfg.top_p,
-        "top_k": cfg.sample_top_k,
-    }
+    return dict(max_tokens=cfg.max_response, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.sample_top_k)
 
 
 def sample_on_all_ranks(sampler, jobs, options) -> list[Rollout]:
@@ -210,25 +205,22 @@ class VLLMSampler:
         self.is_asleep = False
         from vllm import LLM
 
-        options = {
-            "max_model_len": max_len or None,
-            "tensor_parallel_size": tp,
-            "trust_remote_code": trust,
-            "skip_tokenizer_init": True,
-            "use_tqdm_on_load": False,
-            "logprobs_mode": "raw_logprobs",  # before temperature, top-p and top-k
-            "generation_config": "vllm",  # else vLLM would take the temperature and top-p of the model's own
-        }
+        options = dict(
+            max_model_len=max_len or None, tensor_parallel_size=tp, trust_remote_code=trust,
+            skip_tokenizer_init=True, use_tqdm_on_load=False,
+            logprobs_mode="raw_logprobs",  # before temperature, top-p and top-k
+            generation_config="vllm",  # else vLLM would take the temperature and top-p of the model's own
+        )  # fmt: skip
         if self.is_cuda:
-            options |= {"dtype": "bfloat16", "gpu_memory_utilization": memory, "enable_sleep_mode": True}
-            options |= {"hf_overrides": {"head_dtype": "float32"}}  # logits that are not rounded, as the trainer's
+            options |= dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
+            options |= dict(hf_overrides={"head_dtype": "float32"})  # logits that are not rounded, as the trainer's
         else:
-            options |= {"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE}
+            options |= dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=CPU_KV_CACHE)
             # On a CPU, vLLM 0.32 fails on a seeded request whose prompt it has cut in two.
-            options |= {"enable_chunked_prefill": False}
+            options |= dict(enable_chunked_prefill=False)
         if world_size() > 1:
             # Uses the trainer's process group, and the device of LOCAL_RANK. vLLM's default is device 0 on all ranks.
-            options |= {"distributed_executor_backend": "external_launcher"}
+            options |= dict(distributed_executor_backend="external_launcher")
         set_num_threads = torch.set_num_threads  # a no-op once vLLM has started on a CPU
         with spared_rng():
             self.llm = LLM(path, **options)
@@ -274,18 +266,11 @@ class VLLMSampler:
             self.llm.wake_up()
             self.is_asleep = False
         jobs, mine, should_stop = self.share_jobs(list(zip(prompts, seeds, strict=True)))
-        params = {
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "stop_token_ids": self.stops,
-            "logit_bias": self.banned or None,
-            "logprobs": 0,  # of the sampled token alone
-            "flat_logprobs": True,
-            "detokenize": False,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
+        params = dict(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_token_ids=self.stops,
+            logprobs=0,  # of the sampled token alone
+            logit_bias=self.banned or None, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+        )  # fmt: skip
         engine, outputs = self.llm.llm_engine, {}  # {number of the job: its output}
         with spared_rng():
             for i, (prompt, seed) in enumerate(jobs):
