@@ -157,7 +157,7 @@ def save_model(path, policy, tokenizer):
     """The student as a Hugging Face folder, in the dtype that its own files came in; renamed once it is complete."""
     lm, config = policy.lm, policy.lm.generation_config
     tied = lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
-    weights = {name: w.to(policy.dtype).cpu() for name, w in full_weights(policy) if name not in tied}
+    weights = {name: w.to(policy.file_dtype).cpu() for name, w in full_weights(policy) if name not in tied}
     if rank() > 0:
         return
     if not config.do_sample and (config.temperature or config.top_p or config.top_k):
@@ -167,7 +167,7 @@ def save_model(path, policy, tokenizer):
     try:
         lm.save_pretrained(tmp, state_dict=weights)
         written = json.loads((tmp / "config.json").read_text())
-        written["dtype"] = str(policy.dtype).removeprefix("torch.")  # not that of the master weights
+        written["dtype"] = str(policy.file_dtype).removeprefix("torch.")  # not that of the master weights
         write_file(tmp / "config.json", json.dumps(written, indent=2) + "\n")
         tokenizer.save_pretrained(tmp)
     except (OSError, SafetensorError) as error:

@@ -262,7 +262,7 @@ def check_eval(cfg) -> list[str]:
     return errors
 
 
-def command(cfg) -> str:
+def command_line(cfg) -> str:
     """The shortest command line of train.py that gives cfg, on as many ranks as this one."""
     defaults = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
     given = {name: x for name, x in asdict(cfg).items() if x != defaults[name] or name in ("preset", "out")}

@@ -2,7 +2,7 @@
 
 problems = load("math500")                         # [Problem(id, prompt, answer), ...]: hub, file, or toy
 ids = encode(problems[0], tokenizer, "auto")       # prompt token ids; the template is applied here, and only here
-minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of Batch, for this rank
+minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of MicroBatch, for this rank
 """
 
 import functools
@@ -231,7 +231,7 @@ def shared_vocab(student, teacher) -> int:
     return shared
 
 
-def newline_tokens(tokenizer, vocab: int) -> set[int]:
+def newline_token_ids(tokenizer, vocab: int) -> set[int]:
     """The ids whose text contains a newline. In BPE that is many besides "\\n", such as ".\\n\\n"."""
     texts = tokenizer.batch_decode([[i] for i in range(vocab)])
     return {i for i, text in enumerate(texts) if "\n" in text}
@@ -242,7 +242,7 @@ def newline_tokens(tokenizer, vocab: int) -> set[int]:
 
 
 @dataclass
-class Batch:
+class MicroBatch:
     """One micro-batch of B rollouts, padded on the right to L tokens; N response tokens, one response after the other.
 
     Made by `collate`; train.py adds the last two fields before the first update on the rollouts.
@@ -260,8 +260,8 @@ class Batch:
     logp_old: Tensor | None = None  # [N] the student's log-probs before the first update on these rollouts
 
 
-def collate(rollouts, cfg, newlines: set[int], device, empty=False) -> Batch:
-    """A Batch of rollouts. empty: none of their tokens counts (N = 0)."""
+def collate(rollouts, cfg, newline_ids: set[int], device, empty=False) -> MicroBatch:
+    """A MicroBatch of rollouts. empty: none of their tokens counts (N = 0)."""
     sequences = [torch.tensor(r.prompt + r.response) for r in rollouts]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, L]
     rows, cols, position, segments = [], [], [], []
@@ -272,14 +272,14 @@ def collate(rollouts, cfg, newlines: set[int], device, empty=False) -> Batch:
         rows.append(torch.full((n_tokens,), row))
         cols.append(torch.arange(start - 1, start - 1 + n_tokens))
         position.append((torch.arange(n_tokens) + 0.5) / n_tokens)
-        is_newline = [token in newlines for token in r.response]
+        is_newline = [token in newline_ids for token in r.response]
         sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
         lengths = torch.tensor(segment_lengths(n_tokens, cfg.gate, is_newline, **sizes))
         segments.append(n_segments + torch.arange(len(lengths)).repeat_interleave(lengths))
         n_segments += len(lengths)
     none = [torch.zeros(0, dtype=torch.long)]
     rows, cols, segments = (torch.cat(none + x) for x in (rows, cols, segments))
-    return Batch(
+    return MicroBatch(
         ids=ids.to(device),
         rows=rows.to(device),
         cols=cols.to(device),
@@ -302,7 +302,7 @@ def pack(rollouts, budget):
     return groups
 
 
-def make_minibatches(rollouts, cfg, step, newlines, device, rank=0, world=1) -> list[list[Batch]]:
+def make_minibatches(rollouts, cfg, step, newline_ids, device, rank=0, world=1) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each minibatch: cfg.minibatches random parts of the rollouts that have tokens.
 
     Every rank computes the same split. A minibatch's rollouts are dealt to the ranks so that their numbers of response
@@ -318,9 +318,9 @@ def make_minibatches(rollouts, cfg, step, newlines, device, rank=0, world=1) -> 
             smallest = min(shares, key=lambda share: sum(len(x.response) for x in share))
             smallest.append(r)
         packed = [pack(share, cfg.micro_tokens) for share in shares]
-        batches = [collate(group, cfg, newlines, device) for group in packed[rank]]
+        batches = [collate(group, cfg, newline_ids, device) for group in packed[rank]]
         shortest = min(rollouts, key=lambda r: len(r.prompt) + len(r.response))
         while len(batches) < max(map(len, packed)):
-            batches.append(collate([shortest], cfg, newlines, device, empty=True))
+            batches.append(collate([shortest], cfg, newline_ids, device, empty=True))
         minibatches.append(batches)
     return minibatches

@@ -30,7 +30,7 @@ import rollout
 from common import gather, init_device, one_line, rank, say, versions, world_size, write_file
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
-from policy import full_weights, score
+from policy import full_weights, token_logprobs
 
 # Flags that change no sample, so that a folder may be used again with another value.
 NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory".split()
@@ -97,12 +97,12 @@ def evaluate_student(run, cfg):
         jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()
-        minibatches = data.make_minibatches(rollouts, cfg, 0, run.newlines, run.device, rank(), world_size())
+        minibatches = data.make_minibatches(rollouts, cfg, 0, run.newline_ids, run.device, rank(), world_size())
         batches = [batch for minibatch in minibatches for batch in minibatch]
         total = torch.zeros(2)  # sum of log p - log q, number of tokens
         for batch, targets in zip(batches, run.teacher.targets(batches), strict=True):
             with torch.no_grad():
-                gap = score(run.policy, batch, cfg.temperature).cpu() - targets["logp"]
+                gap = token_logprobs(run.policy, batch, cfg.temperature).cpu() - targets["logq_sampled"]
             total += torch.tensor([gap.sum(), gap.numel()])
         total = sum(gather(total))
         scores["gap"] = (total[0] / total[1]).item()

@@ -1,33 +1,37 @@
-"""Policy-drift gates: weights on the token losses that fall where the policy has moved since it sampled.
+"""Policy-drift gates: weights for token losses that shrink where the policy has moved since the rollouts were sampled.
 
 Zheng and Jiang, Blockwise Policy-Drift Gating for On-Policy Distillation, arXiv 2606.24084, Eq. 1. The responses of a
 minibatch are cut into segments: blocks of 64 tokens, spans between newlines, single tokens, or whole responses. Then
 
     d_t = log pi(y_t) - log pi_old(y_t)     drift of the sampled token y_t since it was sampled, in nats
-    s_b = mean of d over segment b          signed, so opposite drifts cancel; the absolute value comes after
-    g_b = exp(-tau |s_b|)                   the gate, the same for every token of the segment, with no gradient
-    L   = sum_t g_t loss_t / sum_t g_t      over the response tokens of the whole minibatch
+    s_b = mean of d over segment b          signed, so opposite drifts cancel
+    g_b = exp(-tau |s_b|)                   the gate, the same for every token of the segment, without gradient
+    L   = sum_t g_t loss_t / sum_t g_t      the loss, over the response tokens of the whole minibatch
 
-Copy this file; it needs torch alone. B responses, T positions, N response tokens (the True positions of `mask`, which
-may have padding on either side).
+Copy this file; it depends only on PyTorch. B responses, T positions, N response tokens: the True positions of `mask`, with
+padding on either side. For a minibatch in one piece:
 
     weights = gate_weights(logp, logp_old, mask, "block", block=64)     # [B, T]: mean 1 over the response tokens
     loss = (weights * token_loss * mask).sum() / mask.sum()
 
-That is exact for a minibatch in one piece. With gradient accumulation or several ranks the mean must be over all of
-it, so leave the gates as they are, add up their sum as well, and divide the gradient once:
+With gradient accumulation or several ranks the mean must be over all of the minibatch. So do not normalise in each
+micro-batch, nor divide its loss by anything; add up the gates, and divide the gradient once, before clipping:
 
-    segments = segment_index(mask, "block", block=64)                   # for each micro-batch
-    g, _ = gate(logp[mask], logp_old[mask], segments)                   # [N]
-    (g * token_loss[mask]).sum().backward()
-    gate_sum += g.sum()
-    ...
-    dist.all_reduce(gate_sum)                                           # once, after the last micro-batch
+    gate_sum = torch.zeros((), device=device)
+    for each micro-batch:                                               # equally many on every rank
+        mask = mask.bool()
+        segments = segment_index(mask, "block", block=64)
+        g, _ = gate(logp[mask], logp_old[mask], segments)               # [N]
+        (g * token_loss[mask]).sum().backward()
+        gate_sum += g.sum()
+    dist.all_reduce(gate_sum)
     for p in model.parameters():
-        p.grad *= world_size / gate_sum                                 # DDP and FSDP average gradients over ranks
+        if p.grad is not None:
+            p.grad *= world_size / gate_sum                             # DDP and FSDP have averaged over the ranks
 
-`logp_old` must come from the same code as `logp`, before the first update on these rollouts. A sampler's own
-log-probs differ (another engine, another precision, top-p), and the gate would read the difference as drift.
+`logp_old` must come from the same code as `logp`, before the first update on these rollouts. A sampler's own log-probs
+differ (another engine, another precision, top-p), and the gate would take the difference for drift. For kind "span", also
+pass newline: the mask [B, T] of the tokens whose decoded text contains a newline.
 
 MIT license.
 """
@@ -72,7 +76,7 @@ def gate(
     tau: float = 1.0,
     stat: str = "mean",
 ) -> tuple[Tensor, Tensor]:
-    """Eq. 1's gates g and the segments' drift s, both [N] in fp32: every token holds its segment's value.
+    """The gates g and the segments' drift s of Eq. 1, both [N] in fp32: every token holds its segment's value.
 
     Not normalised: divide by the sum of g over the whole minibatch. tau = 0 gives gates of exactly 1.
     """
@@ -84,7 +88,10 @@ def gate(
 
 @torch.no_grad()
 def drift(logp: Tensor, logp_old: Tensor) -> Tensor:
-    """d = logp - logp_old in nats, fp32 and finite: two log-probs of -inf have not drifted."""
+    """d = logp - logp_old in nats, fp32. Always finite: two log-probs of -inf have not drifted, and NaN counts as 0 too.
+
+    (A log-prob that is NaN makes the loss NaN, and that is where it should be noticed.)
+    """
     return (logp.float() - logp_old.float()).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
 
 
@@ -96,10 +103,10 @@ def segment_drift(d: Tensor, segments: Tensor, stat: str = "mean") -> Tensor:
     if stat not in STATS:
         raise ValueError(f"stat is {stat!r}; it must be one of {', '.join(STATS)}")
     values = {"mean": d, "absmean": d.abs(), "rms": d.square()}[stat]
-    n_segments = int(segments[-1]) + 1 if len(segments) else 0  # the index only grows
+    n_segments = int(segments[-1]) + 1 if len(segments) else 0  # indices are non-decreasing
     total = d.new_zeros(n_segments).index_add_(0, segments, values)
-    tokens = d.new_zeros(n_segments).index_add_(0, segments, torch.ones_like(d))
-    mean = (total / tokens)[segments]
+    n_tokens = d.new_zeros(n_segments).index_add_(0, segments, torch.ones_like(d))
+    mean = (total / n_tokens)[segments]
     return mean.sqrt() if stat == "rms" else mean
 
 
@@ -116,23 +123,23 @@ def segment_index(
     span_min: int = 16,
     span_max: int = 128,
 ) -> Tensor:
-    """The segment that each response token belongs to: [N], 0, 0, ..., 1, 1, ..., counted on from response to response."""
+    """The segment that each response token belongs to: [N], such as 0, 0, 1, 1, 1, numbered consecutively across responses."""
     if kind == "span" and newline is None:
         raise ValueError("spans need `newline`, the mask of the tokens that contain one")
     lengths = []
-    for row, tokens in enumerate(mask.bool()):
-        n_tokens = int(tokens.sum())
-        newlines = newline[row][tokens].tolist() if kind == "span" else None
-        lengths += segment_lengths(n_tokens, kind, newlines, block=block, span_min=span_min, span_max=span_max)
+    for row, is_response in enumerate(mask.bool()):
+        n_tokens = int(is_response.sum())
+        is_newline = newline[row][is_response].tolist() if kind == "span" else None
+        lengths += segment_lengths(n_tokens, kind, is_newline, block=block, span_min=span_min, span_max=span_max)
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.long)).to(mask.device)
 
 
-def segment_lengths(n_tokens, kind, newlines=None, *, block=64, span_min=16, span_max=128) -> list[int]:
+def segment_lengths(n_tokens, kind, is_newline=None, *, block=64, span_min=16, span_max=128) -> list[int]:
     """Cuts one response of n_tokens into segments; their lengths in tokens, which add up to n_tokens.
 
-    "block": `block` tokens each, the last one shorter. "token" and "sequence" are its limits. "span": see span_lengths;
-    a response without a newline gets blocks. "none" is cut like "block", so that drift can be reported without a gate.
-    newlines: for each token, whether it contains a newline.
+    "block": `block` tokens each, the last one shorter. "token" and "sequence": one token, the whole response. "span": see
+    span_lengths; a response without a newline gets blocks. "none": like "block", so that drift can be reported without a
+    gate. is_newline: for each token, whether its text contains a newline.
     """
     if kind not in KINDS:
         raise ValueError(f"the gate's kind is {kind!r}; it must be one of {', '.join(KINDS)}")
@@ -140,23 +147,23 @@ def segment_lengths(n_tokens, kind, newlines=None, *, block=64, span_min=16, spa
         raise ValueError(f"block is {block}; it must be at least 1")
     if not 1 <= span_min <= span_max:
         raise ValueError(f"span_min is {span_min} and span_max {span_max}; 1 <= span_min <= span_max must hold")
-    if kind == "span" and any(newlines):
-        return span_lengths(newlines, span_min, span_max)
+    if kind == "span" and any(is_newline):
+        return span_lengths(is_newline, span_min, span_max)
     size = {"token": 1, "sequence": max(n_tokens, 1)}.get(kind, block)
     return [min(size, n_tokens - start) for start in range(0, n_tokens, size)]
 
 
-def span_lengths(newlines, span_min: int, span_max: int) -> list[int]:
+def span_lengths(is_newline, span_min: int, span_max: int) -> list[int]:
     """Cuts a response at its newlines. The paper names this rule, but not its two thresholds.
 
-    A span ends with the first newline that makes it at least span_min tokens long, so short lines are merged with the
-    next ones; a short rest at the end joins the span before it. A span over span_max is cut into nearly equal parts.
+    A span ends with the first newline at or after its span_min-th token, so short lines are merged with the next ones. A
+    remainder shorter than span_min joins the span before it. A span over span_max is cut into nearly equal parts.
     For example, lines of 3, 9 and 30 tokens with span_min 8 and span_max 20 give spans of 12 (3 + 9), 15 and 15.
     """
     spans, length = [], 0
-    for is_newline in newlines:
+    for ends_line in is_newline:
         length += 1
-        if is_newline and length >= span_min:
+        if ends_line and length >= span_min:
             spans.append(length)
             length = 0
     if length >= span_min or not spans:
@@ -177,7 +184,7 @@ def span_lengths(newlines, span_min: int, span_max: int) -> list[int]:
 
 @torch.no_grad()
 def gate_stats(g: Tensor, s: Tensor, d: Tensor) -> dict[str, Tensor]:
-    """Of the gates g, the segments' drift s and the tokens' drift d, all [N]: {name: scalar}; empty where N is 0.
+    """Summary statistics {name: scalar} of gates g, segment drift s and token drift d, all [N]; {} if N is 0.
 
     ess is (sum g)^2 / (N sum g^2), the effective sample size as a share of N: 1 when all gates are equal.
     """

@@ -7,7 +7,7 @@ by the denominator of the whole minibatch. Student p, teacher q; log-probs in na
     lsm_loss     reverse or forward KL on the teacher's top-K tokens (local support matching)
     tail_loss    reverse KL on the top-K tokens and "any other token" as one more outcome
 
-The language-model head: what those need of the logits, computed piece by piece, with a backward pass of its own.
+The language-model head: what the losses need from the logits, in chunks, with a custom backward pass.
 
     z, lse = head_logits(hidden, weight, ids)               # logits at ids [N, K], logsumexp of all logits [N]
     logp = z - lse[:, None]                                 # differentiable log-probs of ids
@@ -15,7 +15,7 @@ The language-model head: what those need of the logits, computed piece by piece,
     kl, lse = head_kl(hidden, weight, hidden_t, weight_t)   # KL or JSD over the whole vocabulary [N]
 
 N positions, H hidden size, V vocabulary, K tokens of the support; "..." is [N] or [B, T]. Results are fp32, whatever
-the dtype of the inputs. Copy this file; it needs torch alone. MIT license.
+the dtype of the inputs. Copy this file; it depends only on PyTorch. MIT license.
 """
 
 import math
@@ -38,8 +38,8 @@ def opd_loss(
     """Sampled-token OPD: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and {"clipped", "advantage"}.
 
     A = log q(y) - log p_old(y) is fixed, r = p(y) / p_old(y). At r = 1 the gradient is the policy gradient of the
-    token-level reverse KL. Where A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729; verl's
-    default is 3). 0 turns a bound off. Fu et al. 2026, arXiv 2603.25562, as verl implements it.
+    token-level reverse KL. If A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729). 0 turns a bound
+    off. The advantage is that of Fu et al. 2026, arXiv 2603.25562; the clipping and its defaults are verl's.
     """
     advantage = (_finite(logp_teacher) - _finite(logp_old)).detach()
     ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()
@@ -103,7 +103,7 @@ def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
 
 
 def _with_tail(logp: Tensor) -> Tensor:
-    """Appends log(1 - sum p) to the log-probs [..., K]; the rest counts at least 1e-6, to stay finite."""
+    """Appends log(1 - sum p) to the log-probs [..., K]; the rest is clamped to at least 1e-6 (and has no gradient there)."""
     rest = 1 - logp.exp().sum(-1, keepdim=True)
     return torch.cat([logp, rest.clamp(min=1e-6).log()], -1)
 
@@ -122,11 +122,13 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
 
     hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
     ids [N, K]; bias [V'] or None. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in the
-    largest temporary; memory beyond inputs, outputs and gradients is one or two of them, whatever N.
+    largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
 
-    Cost, in units of N H V: lse takes 2 FLOPs forward. If a gradient reaches lse, backward takes 2 to compute the logits
-    again and 4 for the two matmuls. If none does (lse detached, unused or off) only K rows of weight per position are
-    read and written: that is what makes LSM cheap.
+    FLOPs                                              forward       backward
+        z alone (lse=False)                            2 N H K       4 N H K
+        z and lse, no gradient reaches lse (LSM)       2 N H V       4 N H K
+        z and lse, both with gradient (OPD)            2 N H V       2 N H V to compute the logits again, 4 N H V
+        head_kl                                        4 N H V       4 N H V to compute the logits again, 4 N H V
     """
     vocab = vocab or weight.shape[0]
     chunk = chunk or _default_chunk(hidden)
@@ -145,7 +147,7 @@ class _HeadLogits(torch.autograd.Function):
         if want_lse:
             total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)  # [N]
             for _, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
-                total = torch.logaddexp(total, _log_softmax_(logits))
+                total = torch.logaddexp(total, _log_softmax_and_lse_(logits))
             lse = total.float()
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
         return z, lse
@@ -174,28 +176,28 @@ class _HeadLogits(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_topk(hidden, weight, k: int, bias=None, *, ids=None, temperature=1.0, vocab=None, chunk=None):
-    """A teacher's targets: the k most likely tokens, (ids [N, k], logq [N, k]); with ids [N, J], also their logq [N, J].
+def head_topk(hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1.0, vocab=None, chunk=None):
+    """A teacher's targets: (ids [N, k], logq [N, k]) of the k most likely tokens; also_ids [N, J] adds their logq [N, J].
 
     Arguments as in head_logits. A few positions at a time, over the whole vocabulary: memory beyond the result is one
-    chunk, whatever N.
+    chunk, regardless of N.
     """
     v = slice(0, vocab or weight.shape[0])
-    rows = max(1, (chunk or _default_chunk(hidden, cpu=24, cuda=27)) // v.stop)
+    rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=24, cuda_log2=27)) // v.stop)
     buffer = hidden.new_empty(min(rows, len(hidden)), v.stop, dtype=torch.float32)
-    top_ids, top_logq, logq_at_ids = [], [], []
+    top_ids, top_logq, also_logq = [], [], []
     for start in range(0, max(1, len(hidden)), rows):  # once even if N = 0
         h = hidden[start : start + rows]
         logits = _logits_(buffer[: len(h)], h, weight, bias, v, temperature)  # [rows, V]
         top = logits.topk(k)
-        z = None if ids is None else logits.gather(1, ids[start : start + rows])
+        z = logits[:, :0] if also_ids is None else logits.gather(1, also_ids[start : start + rows])
         peak = top.values[:, :1]
-        lse = peak + logits.sub_(peak).exp_().sum(1, keepdim=True).log()  # in place: the logits have served
+        lse = peak + logits.sub_(peak).exp_().sum(1, keepdim=True).log()  # in place: logits are no longer needed
         top_ids.append(top.indices)
         top_logq.append(top.values - lse)
-        logq_at_ids.append(None if ids is None else z - lse)
-    parts = [top_ids, top_logq] if ids is None else [top_ids, top_logq, logq_at_ids]
-    return tuple(torch.cat(part) for part in parts)
+        also_logq.append(z - lse)
+    results = torch.cat(top_ids), torch.cat(top_logq), torch.cat(also_logq)
+    return results[:2] if also_ids is None else results
 
 
 # -----------------------------------------------------------------------------
@@ -232,8 +234,9 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk):
         N = len(hidden)
-        rows = max(1, (chunk or _default_chunk(hidden, cpu=26, cuda=28)) // (4 * vocab))
-        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu=20)) // vocab)  # as many as a CPU's cache holds
+        # two buffers [rows, V], and about as much in temporaries of _divergence on a GPU
+        rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=26, cuda_log2=28)) // (4 * vocab))
+        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=20)) // vocab)  # as many as a CPU's cache holds
         loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
         buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
         v = slice(0, vocab)
@@ -245,11 +248,11 @@ class _HeadKL(torch.autograd.Function):
             for i in range(0, n, cached_rows):
                 logp, logq = logits[i : i + cached_rows], logits_t[i : i + cached_rows]
                 r = slice(start + i, start + i + len(logp))
-                lse[r] = _log_softmax_(logp)  # logp and logq hold log-probs from here on
-                lse_t[r] = _log_softmax_(logq)
+                lse[r] = _log_softmax_and_lse_(logp)  # in place: logp and logq are log-probs from here on
+                lse_t[r] = _log_softmax_and_lse_(logq)
                 loss[r], kl_p[r] = _divergence(logp, logq, beta)
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p)
-        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu=20, cuda=25)
+        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
         ctx.options = beta, temperature, vocab, chunk
         ctx.mark_non_differentiable(lse)
         return loss, lse
@@ -266,7 +269,9 @@ class _HeadKL(torch.autograd.Function):
             logq = logits_t.sub_(lse_t[:, None])
             if beta == 0:  # d KL(q || p) / d logits = p - q
                 d_logits = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
-            else:  # d KL(p || m) / d logits = p (log p - log m - KL(p || m)); what comes through m cancels in JSD
+            else:
+                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)). In JSD m depends on p, too, but d JSD / d m =
+                # -(beta q + (1 - beta) p) / m = -1 is a constant, and the changes of a distribution add up to 0.
                 weight_p = 1 if beta == 1 else 1 - beta
                 p = logp.exp().mul_(grad[:, None] * weight_p)
                 d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(p)
@@ -297,9 +302,9 @@ def _log_mixture(logp, logq, beta):
 # pieces of the head. A trailing _ in a name: it writes into its first argument
 
 
-def _default_chunk(x, cpu=21, cuda=27):
-    """Elements. On a CPU a chunk should stay in the cache, since several passes go over it between two matmuls."""
-    return 1 << (cuda if x.is_cuda else cpu)
+def _default_chunk(x, cpu_log2=21, cuda_log2=27):
+    """Elements, as powers of 2. On a CPU a chunk should stay in the cache: several passes go over it between two matmuls."""
+    return 1 << (cuda_log2 if x.is_cuda else cpu_log2)
 
 
 def _mm(a, b, out=None):
@@ -322,7 +327,7 @@ def _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
 
 def _logits_(out, hidden, weight, bias, v, temperature):
     """out [N, |v|] becomes the logits / temperature of v, a slice of the vocabulary."""
-    columns = out.shape[1] if out.is_cuda else 1024  # with few rows, a CPU multiplies faster by pieces of the weight
+    columns = out.shape[1] if out.is_cuda else 1024  # with few rows, a CPU is faster if the weight is split
     for weight_piece, out_piece in zip(weight[v].split(columns), out.split(columns, 1), strict=True):
         _mm(hidden, weight_piece.T, out_piece)
     if bias is not None:
@@ -330,15 +335,15 @@ def _logits_(out, hidden, weight, bias, v, temperature):
     return out if temperature == 1 else out.div_(temperature)
 
 
-def _log_softmax_(x):
+def _log_softmax_and_lse_(x):
     """x [N, W] becomes its log_softmax; returns its logsumexp [N] in fp64.
 
-    torch's log_softmax is one fused pass, three times faster than logsumexp, but keeps the logsumexp to itself. It is what
-    every element has lost: the mean over a few of them, because each one is rounded.
+    torch.log_softmax is one fused pass, three times faster than logsumexp, but does not return the logsumexp. That is input
+    minus output at any element; the mean over 16 of them reduces the rounding error.
     """
     before = x[:, :16].double()
     torch.log_softmax(x, 1, out=x)
-    return (before - x[:, :16]).nanmean(1)  # inf - inf is NaN, where a bias of -inf bans a token
+    return (before - x[:, :16]).nanmean(1)  # inf - inf is NaN, if a bias of -inf bans a token
 
 
 def _zero_grads(hidden, weight, bias):
@@ -362,7 +367,7 @@ def _add_chunk_grads(d_logits, v, hidden, weight, temperature, d_hidden, d_weigh
 
 
 def _logits_at(ids, hidden, weight, bias, temperature, chunk):
-    """z [N, K]: logits / temperature at ids [N, K], from K rows of the weight per position."""
+    """z [N, K]: logits / temperature at ids [N, K], from the K rows of weight that they name."""
     rows = max(1, chunk // (ids.shape[1] * hidden.shape[1]))
     parts = zip(hidden.split(rows), ids.split(rows), strict=True)
     z = torch.cat([torch.bmm(weight[i].float(), h.float()[:, :, None])[:, :, 0] for h, i in parts])

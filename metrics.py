@@ -129,7 +129,9 @@ def of_updates(updates, batches, epochs) -> dict:
     row |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d).items()}
     row["gate/by_position"] = by_position(g, position).tolist()
     row |= {f"loss/{name}": x.mean().item() for name, x in tokens.items()}
-    row["gap"] = all_tokens([b.logp_old - b.teacher["logp"].to(b.logp_old.device) for b in batches]).mean().item()
+    row["gap"] = (
+        all_tokens([b.logp_old - b.teacher["logq_sampled"].to(b.logp_old.device) for b in batches]).mean().item()
+    )
     return row
 
 
@@ -158,7 +160,7 @@ def check_sampler(row, device):
         )
 
 
-def count_bad_updates(n_before, result, per_token, batches, problem_ids, cfg):
+def check_update(n_before, result, per_token, batches, problem_ids, cfg):
     """Updates in a row, this one included, whose loss or gradient was not finite. After cfg.max_bad_updates, all exit.
 
     Each is reported with its problems: those with a loss that is not finite or, if only the gradient is not, all of them.

@@ -10,22 +10,24 @@ from losses import head_logits
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward pass ends in a function of the head's weights, not in logits.
+    """A causal language model whose forward() returns on_hidden(hidden, weight, bias) instead of logits.
 
-    vocab: how many ids mean the same to student and teacher; further rows of the embedding are padding.
+    vocab: how many token ids, from 0, student and teacher share; further rows of the embedding are padding.
+    file_dtype: of the files that the model came from, and of those that it will be saved to.
     """
 
-    def __init__(self, lm, vocab, dtype=torch.float32):
+    def __init__(self, lm, vocab, file_dtype=torch.float32):
         super().__init__()
         self.lm = lm
         self.vocab = vocab
-        self.dtype = dtype  # of the files that it came from, and of those that it will be saved to
+        self.file_dtype = file_dtype
 
-    def forward(self, ids, rows, cols, head):
-        """head(hidden [N, H], weight [V', H], bias [V'] or None), with the hidden states at ids[rows, cols].
+    def forward(self, ids, rows, cols, on_hidden):
+        """ids [B, L], right-padded, so causal attention needs no mask; rows and cols [N] choose hidden states.
 
-        It runs in here because FSDP2 gathers the weights for the time of forward(), once per micro-batch, and reduces
-        the head's gradient like any other, whether it is tied to the embedding or not.
+        Calls on_hidden(hidden [N, H], weight [V', H], bias [V'] or None) with the head's weights, and returns its result.
+        It is called in here because FSDP2 keeps the weights gathered only during forward(), and then reduces the gradient of
+        the head like that of any other layer, whether it is tied to the embedding or not.
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
@@ -33,17 +35,18 @@ class Policy(nn.Module):
         hidden = hidden[rows, cols]  # [N, H]: only the positions that predict a response token go through the head
         if hidden.is_cuda:  # autocast leaves the last norm's output in fp32
             hidden = hidden.to(torch.bfloat16)
-        return head(hidden, out.weight.to(hidden.dtype), out.bias)
+        return on_hidden(hidden, out.weight.to(hidden.dtype), out.bias)
 
 
-def score(policy, batch, temperature):
-    """[N] log pi(y_t) of the batch's response tokens, with gradient where it is enabled."""
+def token_logprobs(policy, batch, temperature):
+    """[N] log pi(y_t) of a micro-batch's response tokens, with gradient if it is enabled."""
 
-    def head(hidden, weight, bias):
-        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, temperature=temperature, vocab=policy.vocab)
+    def on_hidden(hidden, weight, bias):
+        options = {"temperature": temperature, "vocab": policy.vocab}
+        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, **options)
         return z[:, 0] - lse
 
-    return policy(batch.ids, batch.rows, batch.cols, head)
+    return policy(batch.ids, batch.rows, batch.cols, on_hidden)
 
 
 # -----------------------------------------------------------------------------
@@ -65,15 +68,18 @@ def model_paths(cfg):
 
 
 def load_tokenizer(paths, cfg):
-    """(the student's tokenizer, the size of the shared vocabulary). ValueError if student and teacher do not fit."""
+    """(the student's tokenizer, the size of the shared vocabulary). ValueError if student and teacher are incompatible:
+
+    different tokenizers, a context that is too short, or a vocabulary smaller than --topk.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
-    code = {"trust_remote_code": cfg.trust_remote_code}
-    tokenizers = {role: AutoTokenizer.from_pretrained(path, **code) for role, path in paths.items()}
+    hub_options = {"trust_remote_code": cfg.trust_remote_code}
+    tokenizers = {role: AutoTokenizer.from_pretrained(path, **hub_options) for role, path in paths.items()}
     tokenizer = tokenizers["student"]
     vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
     for role, path in paths.items():
-        config = AutoConfig.from_pretrained(path, **code)
+        config = AutoConfig.from_pretrained(path, **hub_options)
         vocab = min(vocab, config.vocab_size)
         context = getattr(config, "max_position_embeddings", None)
         if context and cfg.max_prompt + cfg.max_response > context:
@@ -93,15 +99,14 @@ def load_policy(path, cfg, vocab, device, *, trainable):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    code = {"trust_remote_code": cfg.trust_remote_code}
+    hub_options = {"trust_remote_code": cfg.trust_remote_code}
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **code).requires_grad_(trainable)
+    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub_options).requires_grad_(trainable)
     check_head(lm, path)
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()  # transformers checkpoints in training mode only
-    file_dtype = AutoConfig.from_pretrained(path, **code).dtype or torch.float32
-    policy = Policy(lm, vocab, file_dtype)
+    policy = Policy(lm, vocab, AutoConfig.from_pretrained(path, **hub_options).dtype or torch.float32)
     if dist.is_initialized():
         shard(policy, device)  # moves to the device what it keeps, layer by layer
     return policy.to(device)
@@ -136,8 +141,8 @@ def check_head(lm, path):
 # stop tokens
 
 
-def stops_of(path, tokenizer) -> list[int]:
-    """stop_ids of a model's folder or hub name. Not every model comes with a generation_config.json."""
+def stop_ids_of(path, tokenizer) -> list[int]:
+    """The stop tokens of a model's folder or hub name. Not every model comes with a generation_config.json."""
     from transformers import GenerationConfig
 
     try:
@@ -147,35 +152,38 @@ def stops_of(path, tokenizer) -> list[int]:
 
 
 def stop_ids(tokenizer, generation_config=None) -> list[int]:
-    """The EOS ids of both, and the chat template's end of turn, which a base model's files often name nowhere else."""
-    found = turn_ends(tokenizer)
-    for owner in (tokenizer, generation_config):
-        ids = getattr(owner, "eos_token_id", None)
-        found |= set(ids) if isinstance(ids, (list, tuple)) else {ids} - {None}
-    return sorted(found)
+    """The EOS ids of tokenizer and generation config, and the end of turn of the chat template.
+
+    Base models often list that one nowhere else, though their chat template ends every answer with it.
+    """
+    ids = set(end_of_turn(tokenizer))
+    for source in (tokenizer, generation_config):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos} - {None}
+    return sorted(ids)
 
 
-def turn_ends(tokenizer) -> set[int]:
-    """The first special token that the chat template puts behind an answer; empty if there is none."""
+def end_of_turn(tokenizer) -> list[int]:
+    """The first special token that the chat template puts after an answer; empty if there is none."""
     if not getattr(tokenizer, "chat_template", None):
-        return set()
+        return []
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
     _, answer, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if answer else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return set([i for i in ids if i in special][:1])
+    return [i for i in ids if i in special][:1]
 
 
 def describe_prompt(prompt_ids, tokenizer, paths):
     """Prints a prompt as the student will see it, and warns if teacher and student end their answers differently."""
-    stops = {role: stops_of(path, tokenizer) for role, path in paths.items()}
+    stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
     if stops.get("teacher", stops["student"]) != stops["student"]:
         say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
     say(f"the first prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
 
 
 # -----------------------------------------------------------------------------
-# whole tensors, of a sharded model or not
+# full tensors, whether or not the model is sharded
 
 
 def full_tensor(x):

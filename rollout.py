@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common import gather, rank, rng_state, say, set_rng_state, world_size
-from policy import stops_of
+from policy import stop_ids_of
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -341,7 +341,7 @@ def make_sampler(cfg, path, model, tokenizer, vocab, *, max_len=0, tp=1, should_
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, why = choose(cfg.rollout, device)
     say(f"sampling with {kind}: {why}")
-    stops, trust = stops_of(path, tokenizer), cfg.trust_remote_code
+    stops, trust = stop_ids_of(path, tokenizer), cfg.trust_remote_code
     if kind == "vllm":
         options = {"max_len": max_len, "memory": cfg.vllm_memory, "tp": tp, "trust": trust, "should_stop": should_stop}
         return VLLMSampler(path, stops, vocab, **options)

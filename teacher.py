@@ -3,8 +3,8 @@
     teacher = load_teacher(cfg, path, tokenizer, vocab, device)     # --teacher_url: vllm serve MODEL --max-logprobs 32
     targets = teacher.targets(batches)                              # one dictionary per micro-batch
 
-Targets are in fp32 on the host: {"logp": [N], the sampled token's log-prob; "ids": [N, K], the K most likely tokens;
-"logq": [N, K], theirs}. Full-vocabulary losses need a model in this process, and get {"hidden": [N, H]} as well.
+Targets are in fp32 on the host: {"logq_sampled": [N], log q of the sampled token; "topk_ids" [N, K], the K most likely
+tokens; "topk_logq" [N, K], their log-probs}. Full-vocabulary losses also get {"hidden": [N, H_t]}, and need a model here.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -52,16 +52,16 @@ def teacher_targets(policy, batch, cfg):
     """The targets of one micro-batch, from one forward pass of the teacher."""
     k = cfg.topk if cfg.loss in TOPK_LOSSES else 1
 
-    def head(hidden, weight, bias):
-        ids, logq, logp = head_topk(
-            hidden, weight, k, bias, ids=batch.tokens[:, None], temperature=cfg.temperature, vocab=policy.vocab
+    def on_hidden(hidden, weight, bias):
+        ids, logq, logq_sampled = head_topk(
+            hidden, weight, k, bias, also_ids=batch.tokens[:, None], temperature=cfg.temperature, vocab=policy.vocab
         )
-        targets = {"logp": logp[:, 0], "ids": ids, "logq": logq}
+        targets = {"logq_sampled": logq_sampled[:, 0], "topk_ids": ids, "topk_logq": logq}
         if cfg.loss in FULL_VOCABULARY_LOSSES:  # [N, H] is small beside [N, V]; the head is applied again in the loss
             targets["hidden"] = hidden
         return targets
 
-    targets = policy(batch.ids, batch.rows, batch.cols, head)
+    targets = policy(batch.ids, batch.rows, batch.cols, on_hidden)
     return {name: x.cpu() for name, x in targets.items()}
 
 
@@ -147,4 +147,5 @@ class ServerTeacher:
         logp = torch.tensor([x for logp, _ in scored for x in logp], dtype=torch.float32)
         ids = torch.tensor([[i for _, i, _ in row] for row in top], dtype=torch.long)
         logq = torch.tensor([[x for _, _, x in row] for row in top], dtype=torch.float32)
-        return {"logp": logp, "ids": ids.view(len(top), self.k), "logq": logq.view(len(top), self.k)}
+        shape = len(top), self.k
+        return {"logq_sampled": logp, "topk_ids": ids.view(shape), "topk_logq": logq.view(shape)}

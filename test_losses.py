@@ -163,7 +163,7 @@ def test_topk_agrees_with_log_softmax(size, chunk, ks):
     logp = ((hidden @ weight.T + bias)[:, :vocab] / 0.8).log_softmax(1)
     for k in ks:
         expected = logp.topk(k)
-        top, logq, at_ids = head_topk(hidden, weight, k, bias, ids=ids, temperature=0.8, vocab=vocab, chunk=chunk)
+        top, logq, at_ids = head_topk(hidden, weight, k, bias, also_ids=ids, temperature=0.8, vocab=vocab, chunk=chunk)
         torch.testing.assert_close(logq, expected.values)
         assert torch.equal(top, expected.indices) and not logq.requires_grad
         torch.testing.assert_close(at_ids, logp.gather(1, ids))

@@ -2,13 +2,16 @@
 
     sample responses -> the teacher scores them, once -> epochs x minibatches of (loss, gate, step) -> log, evaluate, save
 
-The order to read it in: main, update (the paper's Eq. 1), position_loss; then gating.gate and losses.lsm_loss.
+Suggested reading order: main, update (the paper's Eq. 1), position_loss; then gating.gate and losses.lsm_loss.
 
-Where the paper leaves room:
-1. The old log-probs, from which drift is measured, come from the trainer's own forward pass before the first update,
-   never from the sampler: another engine, another precision or top-p would read as drift.
-2. Gate and loss share one denominator, the sum of the gates over the whole minibatch, over all micro-batches and ranks.
-   So the result does not depend on how a minibatch is split.
+A *step* samples one rollout batch: cfg.prompts x cfg.group responses. The batch is split into cfg.minibatches minibatches,
+and each of them gets one optimizer *update* per epoch. A minibatch is processed in micro-batches that fit in memory.
+
+Choices that the paper leaves open:
+1. The old log-probs, from which drift is measured, come from the trainer's own forward pass before the first update, never
+   from the sampler: a different engine, precision or top-p would show up as drift.
+2. Normalising the gate (g / mean g) and averaging the loss (/ number of tokens) together are one division by sum g. That
+   sum is over the whole minibatch, all micro-batches and ranks, so the result does not depend on how it was split.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
@@ -33,20 +36,39 @@ import metrics
 import plot
 import rollout
 from common import init_device, on_all_ranks, rank, say, world_size
-from configs import TOPK_LOSSES, TrainConfig, command, parse
+from configs import TOPK_LOSSES, TrainConfig, command_line, parse
 from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
-from policy import Policy, describe_prompt, full_tensor, full_weights, load_policy, load_tokenizer, model_paths, score
+from policy import (
+    Policy,
+    describe_prompt,
+    full_tensor,
+    full_weights,
+    load_policy,
+    load_tokenizer,
+    model_paths,
+    token_logprobs,
+)
 from teacher import load_teacher
 
 # -----------------------------------------------------------------------------
-# The base loss at every response token. Each function makes one forward pass of the student and returns
-#   logp  [N]          log pi(y_t) of the sampled tokens under the current student, without gradient
-#   loss  [N]          the loss at each of them, with gradient
-#   info  {name: [N]}  diagnostics, logged as loss/NAME
-# N is the number of response tokens in the micro-batch. A Batch (data.py) holds, for each of them and on this rank's
-# device: tokens (their ids), segments (of the gate), position, logp_sampler and, once it is known, logp_old. The
-# teacher's targets in batch.teacher (teacher.py) wait on the host: they serve every epoch, and would fill a GPU.
+# The base loss at each of the N response tokens of a micro-batch. The fields of a MicroBatch (made by data.collate):
+#   ids [B, L]           prompts and responses, padded on the right
+#   rows, cols [N]       hidden[rows, cols] predicts a response token: cols is the position before it
+#   tokens [N]           the response tokens y_t
+#   segments [N]         index of the gate's segment that each token is in
+#   position [N]         relative position in its response, in (0, 1)
+#   logp_sampler [N]     log-probs that the sampler reported
+#   logp_old [N]         log pi_old(y_t); None until main() or update() sets it, before the first update
+#   teacher              the teacher's targets, set by main(): {"logq_sampled": [N], log q(y_t); "topk_ids" and
+#                        "topk_logq": [N, K]; for full-vocabulary losses "hidden": [N, H_t]}. They stay on the host,
+#                        because they are reused in every epoch and would fill the GPU. All other fields are on the device.
+#
+# Each function makes one forward pass of the student and returns
+#   logp [N]             log pi(y_t) under the current student, without gradient
+#   loss [N]             the loss at each token, with gradient
+#   info {name: [N]}     diagnostics, logged as loss/NAME
+# `on_hidden` is called inside the forward pass with the head's weights; policy.py says why.
 
 
 def position_loss(policy, batch, cfg, teacher_head):
@@ -59,11 +81,11 @@ def position_loss(policy, batch, cfg, teacher_head):
 
 def sampled_token_loss(policy, batch, cfg):
     """OPD: the teacher's log-ratio on the sampled token as PPO's advantage."""
-    logp = score(policy, batch, cfg.temperature)
-    # In the first pass over a rollout batch nothing has been updated yet: the current student is the old one.
+    logp = token_logprobs(policy, batch, cfg.temperature)
+    # logp_old is None only before the first update of a step, when the current student is still the old one.
     logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
-    logp_teacher = batch.teacher["logp"].to(logp.device)
-    loss, info = opd_loss(logp, logp_old, logp_teacher, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+    logq = batch.teacher["logq_sampled"].to(logp.device)
+    loss, info = opd_loss(logp, logp_old, logq, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
     return logp.detach(), loss, info
 
 
@@ -71,83 +93,76 @@ def topk_loss(policy, batch, cfg):
     """LSM and its relatives: student against teacher on the teacher's K most likely tokens."""
     teacher = {name: x.to(batch.ids.device) for name, x in batch.teacher.items()}
     sampled = batch.tokens[:, None]  # [N, 1]
-    ids = torch.cat([sampled, teacher["ids"]], 1)  # [N, 1 + K]
-    logq = torch.cat([teacher["logp"][:, None], teacher["logq"]], 1)  # [N, 1 + K]
-    # Renormalised on the support, the loss does not depend on the logsumexp over the vocabulary. The gate does, through
-    # log pi(y_t), but without gradient. So no gradient of vocabulary size arises: this is why LSM's head is cheap.
-    needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
+    ids = torch.cat([sampled, teacher["topk_ids"]], 1)  # [N, 1 + K]
+    # Renormalised on the support, the loss does not depend on lse, the logsumexp over the vocabulary. The gate needs it for
+    # log pi(y_t), but without gradient. So the backward pass never computes logits again; it touches 1 + K rows of the head.
+    loss_needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
 
-    def head(hidden, weight, bias):
+    def on_hidden(hidden, weight, bias):
         z, lse = head_logits(hidden, weight, ids, bias, temperature=cfg.temperature, vocab=policy.vocab)
-        return z, lse if needs_lse else lse.detach()
+        return z, lse if loss_needs_lse else lse.detach()
 
-    z, lse = policy(batch.ids, batch.rows, batch.cols, head)  # logits [N, 1 + K], logsumexp [N]
+    z, lse = policy(batch.ids, batch.rows, batch.cols, on_hidden)  # logits [N, 1 + K], logsumexp [N]
     logp = (z - lse[:, None]).detach()
 
-    in_topk = teacher["logq"] > -torch.inf  # a teacher's server may return fewer than K tokens
-    is_outside = ~((teacher["ids"] == sampled) & in_topk).any(1)  # [N] the sampled token is not in the support
+    in_topk = teacher["topk_logq"] > -torch.inf  # a teacher's server may return fewer than K tokens
+    is_outside = ~((teacher["topk_ids"] == sampled) & in_topk).any(1)  # [N] the sampled token is not in the top-K
     info = {
         "outside": is_outside.float(),
-        "teacher_mass": teacher["logq"].exp().sum(1),
-        "student_mass": logp[:, 1:].masked_fill(~in_topk, -torch.inf).exp().sum(1),
+        "teacher_mass": teacher["topk_logq"].exp().sum(1),
+        "student_mass": logp[:, 1:].exp().masked_fill(~in_topk, 0.0).sum(1),
     }
-    # Column 0, the sampled token, joins the support only with --add_sampled, and if it is not there already.
-    support = torch.cat([(is_outside & cfg.add_sampled)[:, None], in_topk], 1)  # [N, 1 + K]
     if cfg.loss == "tail_topk":
-        z_topk = z[:, 1:].masked_fill(~in_topk, -torch.inf)
-        loss = tail_loss(z_topk - lse[:, None], teacher["logq"])
-    else:
-        loss = lsm_loss(
-            z.masked_fill(~support, -torch.inf),
-            logq,
-            support,
-            lse=lse,
-            renormalise=cfg.renormalise,
-            log_ratio_clamp=cfg.log_ratio_clamp,
-            forward=cfg.loss == "fkl_topk",
-        )
-    return logp[:, 0], loss, info
+        logp_topk = (z[:, 1:] - lse[:, None]).masked_fill(~in_topk, -torch.inf)
+        return logp[:, 0], tail_loss(logp_topk, teacher["topk_logq"]), info
+    # Column 0, the sampled token, joins the support only with --add_sampled, and only if it is not in the top-K.
+    support = torch.cat([(is_outside & cfg.add_sampled)[:, None], in_topk], 1)  # [N, 1 + K]
+    logq = torch.cat([teacher["logq_sampled"][:, None], teacher["topk_logq"]], 1)  # [N, 1 + K]
+    options = {
+        "renormalise": cfg.renormalise,
+        "log_ratio_clamp": cfg.log_ratio_clamp,
+        "forward": cfg.loss == "fkl_topk",
+    }
+    return logp[:, 0], lsm_loss(z, logq, support, lse=lse, **options), info
 
 
 def full_vocabulary_loss(policy, batch, cfg, teacher_head):
-    """Reverse KL(student || teacher), forward KL(teacher || student), or JSD, over all tokens of the vocabulary."""
+    """KL(student || teacher), KL(teacher || student), or Jensen-Shannon, over all tokens of the vocabulary."""
     hidden_t = batch.teacher["hidden"].to(batch.ids.device)  # [N, H_t]
     weight_t, bias_t = teacher_head
-    beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]
+    beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]  # as head_kl defines it
 
-    def head(hidden, weight, bias):
-        kl, lse = head_kl(
-            hidden, weight, hidden_t, weight_t, bias, bias_t,
-            beta=beta, temperature=cfg.temperature, vocab=policy.vocab,
-        )  # fmt: skip
-        sampled = batch.tokens[:, None]
-        z, _ = head_logits(hidden.detach(), weight.detach(), sampled, bias, temperature=cfg.temperature, lse=False)
+    def on_hidden(hidden, weight, bias):
+        options = {"temperature": cfg.temperature, "vocab": policy.vocab}
+        kl, lse = head_kl(hidden, weight, hidden_t, weight_t, bias, bias_t, beta=beta, **options)
+        with torch.no_grad():  # log pi(y_t) for the gate
+            z, _ = head_logits(hidden, weight, batch.tokens[:, None], bias, lse=False, **options)
         return z[:, 0] - lse, kl
 
-    logp, loss = policy(batch.ids, batch.rows, batch.cols, head)
-    return logp.detach(), loss, {}
+    logp, loss = policy(batch.ids, batch.rows, batch.cols, on_hidden)
+    return logp, loss, {}
 
 
 # -----------------------------------------------------------------------------
 # one update
 
 
-def update(policy, optimizer, batches, cfg, teacher_head=None):
+def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
     """One optimizer step on a minibatch, given as this rank's micro-batches: the gradient of the paper's Eq. 1,
 
         L = sum_t g_t loss_t / sum_t g_t      over the response tokens t of the whole minibatch, on all ranks
 
-    Ranks make equally many forward and backward passes, which FSDP needs; a rank with fewer micro-batches has been given
-    some without tokens, whose sums are 0. Returns the update's numbers, and for each micro-batch its tensors [N].
+    Every rank must make as many forward and backward passes as the others, or FSDP hangs: data.make_minibatches fills up
+    the ranks that have fewer micro-batches with some that have no response token (N = 0), which add nothing to the sums.
+    Returns {loss, grad_norm, skipped}, and for each micro-batch a dictionary of tensors [N].
     """
     tau = 0.0 if cfg.gate == "none" else cfg.tau  # exp(0) = 1: no gate, while drift is measured all the same
-    sums = torch.zeros(2, device=batches[0].ids.device)  # sum_t g_t loss_t, sum_t g_t
+    sums = torch.zeros(2, device=micro_batches[0].ids.device)  # sum_t g_t loss_t, sum_t g_t
     per_token = []
-    for batch in batches:
+    for batch in micro_batches:
         # log pi(y_t) of the current student, and the base loss, at every response token
         logp, loss, info = position_loss(policy, batch, cfg, teacher_head)
-        # The first pass over a rollout batch comes before any update on it: this is pi_old.
-        if batch.logp_old is None:
+        if batch.logp_old is None:  # no update yet on this rollout batch: this is log pi_old(y_t)
             batch.logp_old = logp
         # Drift d_t = log pi(y_t) - log pi_old(y_t); s, its signed mean over each segment; the gate g = exp(-tau |s|).
         g, s = gate(logp, batch.logp_old, batch.segments, tau=tau, stat=cfg.stat)
@@ -158,13 +173,13 @@ def update(policy, optimizer, batches, cfg, teacher_head=None):
         d = drift(logp, batch.logp_old)
         per_token.append({**info, "loss": loss.detach(), "g": g, "s": s, "d": d, "position": batch.position})
 
-    # The denominator is only known now: it is a sum over all micro-batches and ranks. Dividing each micro-batch by its own
-    # would weight tokens differently in short and long ones, and dividing here costs no second forward pass.
+    # The denominator is known only now: it is a sum over all micro-batches and ranks. To divide each micro-batch by its own
+    # sum would weight a token by the length of its neighbours; to compute the sum first would take a second forward pass.
     scale = 1.0
     if dist.is_initialized():
         dist.all_reduce(sums)
         scale = world_size()  # FSDP has averaged the gradients over the ranks; Eq. 1 needs their sum
-    loss_sum, gate_sum = sums[0], sums[1].clamp(min=torch.finfo(torch.float32).tiny)  # all gates may underflow to 0
+    loss_sum, gate_sum = sums[0], sums[1].clamp(min=1e-30)  # not 0, should all gates underflow: then nothing is learned
     params = [p for p in policy.parameters() if p.grad is not None]
     for p in params:
         p.grad *= scale / gate_sum
@@ -197,20 +212,21 @@ class Run:
 
     device: torch.device
     tokenizer: object  # the student's
-    prompts: data.TrainingPrompts
+    train_prompts: data.TrainingPrompts
     held_out: dict  # {name: problems}
-    newlines: set  # ids of the tokens that contain a newline
+    newline_ids: set  # ids of the tokens that contain a newline, for --gate span
     policy: Policy  # the student
-    teacher: object  # a model here, or a server
+    teacher: object  # a model in this process, or a server
     optimizer: torch.optim.Optimizer
     sampler: object
     logger: metrics.Logger
     stop: checkpoint.StopSignal  # SIGTERM or Ctrl-C, on any rank
-    resumed: bool
-    start: int  # steps that the checkpoint has behind it; 0 for a new run
+    start: int  # steps already done in the checkpoint that it resumes from; 0 for a new run
+    saved: int | None  # the step of the newest checkpoint
 
 
 def setup(cfg) -> Run:
+    # on_all_ranks(f, ...) calls f on every rank. If it fails on one, all ranks exit (SystemExit) with that error in one line.
     device = on_all_ranks(init_device, cfg)
     say(f"preset {cfg.preset}, {device}, {world_size()} rank(s)")
 
@@ -219,12 +235,13 @@ def setup(cfg) -> Run:
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # vLLM may be asked for and be unable to run
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
-    prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
-    on_all_ranks(checkpoint.claim, cfg)  # from here on, --out is this run's
+    train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
+    on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
     start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
     say(json.dumps(asdict(cfg)))
-    describe_prompt(prompts.at(start * cfg.prompts)[1], tokenizer, paths)
+    _, prompt_ids = train_prompts.of_step(start, cfg.prompts)[0]
+    describe_prompt(prompt_ids, tokenizer, paths)
 
     teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocab, device, trainable=True)
@@ -235,40 +252,41 @@ def setup(cfg) -> Run:
     stop = checkpoint.StopSignal()
     options = {"max_len": cfg.max_prompt + cfg.max_response, "tp": cfg.tp, "should_stop": stop.requested_here}
     sampler = on_all_ranks(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, **options)
-    newlines = data.newline_tokens(tokenizer, vocab)
+    newline_ids = data.newline_token_ids(tokenizer, vocab)
     return Run(
-        device, tokenizer, prompts, held_out, newlines, policy, teacher, optimizer, sampler, logger, stop,
-        resumed=bool(resume_from), start=start,
+        device, tokenizer, train_prompts, held_out, newline_ids, policy, teacher, optimizer, sampler, logger, stop,
+        start=start, saved=start if resume_from else None,
     )  # fmt: skip
 
 
 def main(cfg, before_update=None):
-    """before_update(run, micro-batches, epoch) is called before each update, for measurements."""
+    """before_update(run, micro_batches, epoch) is called before each update, for measurements."""
     run = setup(cfg)
     policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer
 
     def save(step):
-        on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg)
+        if step != run.saved:
+            on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg)
+            run.saved = step
 
     def evaluate_if_due(step):
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
             row = evaluate.evaluate_student(run, cfg)
-            if not run.stop.requested():  # else its responses are cut short, and a resumed run evaluates again
+            if not run.stop.requested():  # otherwise its responses are cut short, and a resumed run evaluates again
                 say(f"step {step}: " + "  ".join(f"{name} {x:.3f}" for name, x in row.items()))
                 run.logger.log({"step": step, **row})
 
     run.stop.listen()
     evaluate_if_due(run.start)
     done = run.start  # steps
-    saved = run.start if run.resumed else None  # the step of the newest checkpoint
     bad_updates = 0  # in a row
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=rank() > 0, unit="step")
     for step in bar:
-        # ---- Sample. A response depends on the weights, its prompt and its seed alone, so a resumed run samples the same.
+        # ---- Sample. A response depends only on the weights, its prompt and its seed, so a resumed run samples it again.
         clock = metrics.Clock(run.device)
         jobs = []  # (prompt ids, seed)
-        for problem, ids in run.prompts.of_step(step, cfg.prompts):
-            jobs += [(ids, rollout.seed_for(cfg.seed, step, problem.id, i)) for i in range(cfg.group)]
+        for problem, prompt_ids in run.train_prompts.of_step(step, cfg.prompts):
+            jobs += [(prompt_ids, rollout.seed_for(cfg.seed, step, problem.id, i)) for i in range(cfg.group)]
         sampler.sync(full_weights(policy))
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
         sampler.sleep()  # leaves the GPU's memory to the teacher and the update
@@ -276,41 +294,43 @@ def main(cfg, before_update=None):
             break
         clock.lap("rollout")
 
-        # ---- Score with the teacher, once for all epochs.
-        minibatches = data.make_minibatches(rollouts, cfg, step, run.newlines, run.device, rank(), world_size())
-        batches = [batch for minibatch in minibatches for batch in minibatch]
+        # ---- Teacher targets, once for all epochs. Each rank gets its share of every minibatch, in equally many micro-batches.
+        minibatches = data.make_minibatches(rollouts, cfg, step, run.newline_ids, run.device, rank(), world_size())
+        micro_batches = [batch for minibatch in minibatches for batch in minibatch]
         try:
-            all_targets = on_all_ranks(teacher.targets, batches)
+            targets = on_all_ranks(teacher.targets, micro_batches)
         except SystemExit:  # the teacher's server is gone: keep the steps that are done
-            if done != saved:
-                save(done)
+            save(done)
             raise
-        for batch, targets in zip(batches, all_targets, strict=True):
-            batch.teacher = targets
+        for batch, batch_targets in zip(micro_batches, targets, strict=True):
+            batch.teacher = batch_targets
         clock.lap("teacher")
 
         # ---- Old log-probs: the student's own, before the first update. The first minibatch needs no pass for them: its
         # first training pass comes before any update, and update() keeps its log-probs.
         with torch.no_grad():
             for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
-                batch.logp_old = score(policy, batch, cfg.temperature)
-            # The sampler's log-probs are at temperature 1. If training uses another, rescore one micro-batch to compare.
-            rescored = [score(policy, batch, 1.0) for batch in batches[:1]] if cfg.temperature != 1 else None
+                batch.logp_old = token_logprobs(policy, batch, cfg.temperature)
+            # The sampler reports log-probs at temperature 1. If training uses another, rescore one micro-batch to compare.
+            rescored = None
+            if cfg.temperature != 1:
+                rescored = [token_logprobs(policy, batch, 1.0) for batch in micro_batches[:1]]
 
         # ---- Update: epochs x minibatches of Eq. 1. From the second update on, the student has drifted.
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(cfg, step)
         updates = []
         for epoch in range(cfg.epochs):
-            if epoch > 0:
+            if epoch > 0:  # the first epoch starts with the minibatch that has no old log-probs yet
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
             for minibatch in minibatches:
                 if before_update:
                     before_update(run, minibatch, epoch)
                 result, per_token = update(policy, optimizer, minibatch, cfg, teacher.head)
                 updates.append((result, per_token))
-                bad_updates = metrics.count_bad_updates(
-                    bad_updates, result, per_token, minibatch, run.prompts.problem_ids, cfg
+                # reports an update that was skipped, and ends the run after --max_bad_updates in a row
+                bad_updates = metrics.check_update(
+                    bad_updates, result, per_token, minibatch, run.train_prompts.problem_ids, cfg
                 )
         clock.lap("update")
 
@@ -318,7 +338,9 @@ def main(cfg, before_update=None):
         done = step + 1
         row = {"step": done, "lr": learning_rate(cfg, step)}
         row |= metrics.of_rollouts(rollouts) | clock.metrics(rollouts, cfg.epochs)
-        row |= metrics.of_updates(updates, batches, cfg.epochs) | metrics.sampler_mismatch(batches, rescored)
+        row |= metrics.of_updates(updates, micro_batches, cfg.epochs) | metrics.sampler_mismatch(
+            micro_batches, rescored
+        )
         metrics.check_sampler(row, run.device)
         run.logger.log(row)
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})
@@ -327,25 +349,24 @@ def main(cfg, before_update=None):
             say(f"--- step {done}, a response ({rollouts[0].finish}): {text!r}")
         if done == cfg.steps or (cfg.save_every and done % cfg.save_every == 0):
             save(done)
-            saved = done
         evaluate_if_due(done)
 
-    if run.stop.requested() and done != saved:
+    if run.stop.requested():
         save(done)
     finish(run, cfg, done)
 
 
 def finish(run, cfg, done):
-    """Prints how to go on if the run was stopped; else writes the student and the pictures."""
+    """If the run was stopped, prints how to resume it; otherwise writes the student and the pictures."""
     run.stop.release()
     if run.stop.requested():
-        again = command(replace(cfg, resume="true", overwrite=False))
-        say(f"stopped by {run.stop.reason} after step {done} of {cfg.steps}, and saved; this goes on:\n{again}")
+        again = command_line(replace(cfg, resume="true", overwrite=False))
+        say(f"stopped by {run.stop.reason} after step {done} of {cfg.steps}, and saved. To resume, run:\n{again}")
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out) / "final", run.policy, run.tokenizer)
         if rank() == 0:
             plot.draw(cfg.out)
-        say(f"done: {cfg.out}/final is the student, {cfg.out}/metrics.jsonl and {cfg.out}/curves.png what happened")
+        say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
     if dist.is_initialized():  # vLLM makes a group of one process, too
         dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
         dist.destroy_process_group()

@@ -40,7 +40,7 @@ def our_trainer(prompts):
     teacher = policy.load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr)
     sampler = rollout.make_sampler(cfg, paths["student"], student.lm, tokenizer, vocab)
-    newlines = data.newline_tokens(tokenizer, vocab)
+    newlines = data.newline_token_ids(tokenizer, vocab)
     ids, steps = [data.encode(p, tokenizer) for p in prompts], itertools.count()
 
     def step():

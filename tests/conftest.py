@@ -41,7 +41,7 @@ def scene(pair):
     """make(**options) -> (student, teacher, minibatches of scored micro-batches, config, teacher's head or None)."""
     from helpers import flags  # not above: it hides the GPUs, which test_vllm.py needs
 
-    newlines = data.newline_tokens(AutoTokenizer.from_pretrained(pair[1]), 42)
+    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(pair[1]), 42)
 
     def make(**options):
         cfg = parse(TrainConfig, flags(pair, "unused", **options))

@@ -31,7 +31,7 @@ def bpe():
 
 
 def test_newline_tokens_come_from_the_decoded_vocabulary(bpe):
-    ids = data.newline_tokens(bpe, len(bpe))
+    ids = data.newline_token_ids(bpe, len(bpe))
     text = "So x is 2.\n\nNext, y.\n\na = b\n"
     tokens = bpe(text, add_special_tokens=False)["input_ids"]
     assert any(len(bpe.decode([i])) > 1 for i in ids)  # such as ".\n\n"

@@ -72,7 +72,7 @@ def our_gradients(models, combinations, rank=0, world=1):
     old, new, teacher = (
         policy.load_policy(models[role], cfg, 42, CPU, trainable=role == "new") for role in ("old", "new", "teacher")
     )
-    newlines = data.newline_tokens(AutoTokenizer.from_pretrained(models["new"]), 42)
+    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(models["new"]), 42)
     teacher_head, found = policy.head_weights(teacher), {}
     for combination in combinations:
         cfg = config(models, *combination)
@@ -81,7 +81,7 @@ def our_gradients(models, combinations, rank=0, world=1):
         for batch in batches:
             batch.teacher = teacher_targets(teacher, batch, cfg)
             with torch.no_grad():
-                batch.logp_old = policy.score(old, batch, cfg.temperature)
+                batch.logp_old = policy.token_logprobs(old, batch, cfg.temperature)
         recorder = Recorder(new)
         train.update(new, recorder, batches, cfg, teacher_head if cfg.loss in FULL_VOCABULARY_LOSSES else None)
         found[combination] = recorder.gradient
@@ -92,7 +92,7 @@ def our_gradients(models, combinations, rank=0, world=1):
 def exact(models):
     """{(loss, gate, stat): {parameter: its gradient}} of reference.py, in float64."""
     old, new, teacher = (AutoModelForCausalLM.from_pretrained(models[r]).double() for r in ("old", "new", "teacher"))
-    newlines = data.newline_tokens(AutoTokenizer.from_pretrained(models["new"]), 42)
+    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(models["new"]), 42)
     found = {}
     for combination in COMBINATIONS:
         cfg = config(models, *combination)

@@ -84,11 +84,11 @@ def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, lo
     batches = sum(minibatches, [])
     remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
     for batch, found in zip(batches, remote.targets(batches), strict=True):
-        torch.testing.assert_close(found["logp"], batch.teacher["logp"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)
         _, local, _ = train.position_loss(student, batch, cfg, None)
         if loss != "opd":
-            assert torch.equal(found["ids"], batch.teacher["ids"])
-            torch.testing.assert_close(found["logq"], batch.teacher["logq"], rtol=1e-5, atol=1e-5)
+            assert torch.equal(found["topk_ids"], batch.teacher["topk_ids"])
+            torch.testing.assert_close(found["topk_logq"], batch.teacher["topk_logq"], rtol=1e-5, atol=1e-5)
         batch.teacher = found
         torch.testing.assert_close(train.position_loss(student, batch, cfg, None)[1], local, rtol=1e-3, atol=1e-5)
 
@@ -105,7 +105,7 @@ def test_a_busy_server_is_asked_again(pair, scene, server):
     remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
     server.failures = 2
     for batch, found in zip(batches, remote.targets(batches), strict=True):
-        torch.testing.assert_close(found["logp"], batch.teacher["logp"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)
     assert server.failures == 0
 
 
@@ -152,8 +152,9 @@ def test_places_of_the_top_k_that_stay_empty_do_not_count(scene, loss):
     student, _, ((batch,),), cfg, _ = scene(minibatches=1, micro_tokens=10**6, loss=loss, topk=5)
     full, grads = dict(batch.teacher), []
     last = torch.arange(5) == 4
-    less = {"ids": full["ids"].masked_fill(last, 0), "logq": full["logq"].masked_fill(last, -torch.inf)}
-    for targets in (less, {"ids": full["ids"][:, :4], "logq": full["logq"][:, :4]}):
+    ids, logq = full["topk_ids"], full["topk_logq"]
+    less = {"topk_ids": ids.masked_fill(last, 0), "topk_logq": logq.masked_fill(last, -torch.inf)}
+    for targets in (less, {"topk_ids": ids[:, :4], "topk_logq": logq[:, :4]}):
         batch.teacher = full | targets
         _, x, info = train.position_loss(student, batch, cfg, None)
         x.sum().backward()

@@ -19,7 +19,7 @@ import rollout
 import teacher
 import toy
 import train
-from configs import TrainConfig, command, parse
+from configs import TrainConfig, command_line, parse
 from teacher import teacher_targets
 
 
@@ -53,7 +53,7 @@ def test_scoring_pass_is_the_training_pass_bit_for_bit(scene):
         student, _, minibatches, cfg, head = scene(loss=loss)
         for batch in minibatches[1]:
             with torch.no_grad():
-                old = policy.score(student, batch, 1.0)
+                old = policy.token_logprobs(student, batch, 1.0)
             logp, *_ = train.position_loss(student, batch, cfg, head)
             torch.testing.assert_close(logp, old, rtol=0, atol=0 if loss == "opd" else 1e-5)
 
@@ -62,7 +62,7 @@ def test_responses_are_scored_where_they_stand(scene):
     """Right padding and packing, against one plain forward pass per response."""
     student, _, minibatches, _, _ = scene(micro_tokens=60)
     for batch in [batch for minibatch in minibatches for batch in minibatch]:
-        logp = policy.score(student, batch, 0.8).detach()
+        logp = policy.token_logprobs(student, batch, 0.8).detach()
         for row, r in enumerate(batch.rollouts):
             logits = student.lm(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
             full = (logits / 0.8).log_softmax(-1).gather(1, torch.tensor(r.response)[:, None])[:, 0]
@@ -270,7 +270,7 @@ def test_the_command_that_goes_on_names_its_ranks(monkeypatch, local, world, lau
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("WORLD_SIZE", str(world))
     cfg = parse(TrainConfig, ["--preset", "tiny", "--out", "a b", "--lr", "3e-4"])
-    assert command(cfg) == f"{launcher} train.py --preset tiny --lr 0.0003 --out 'a b'"
+    assert command_line(cfg) == f"{launcher} train.py --preset tiny --lr 0.0003 --out 'a b'"
 
 
 @pytest.mark.parametrize(
