@@ -248,8 +248,8 @@ def finish(cfg, rows, out, label, identity):
     summary = report.summary([rows], cfg.k)
     results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": summary}
     write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report.picture({label: summary}, out / "pass_at_k.png")
-    print(f"\n{report.table(summary, cfg.k)}\n")
+    report.plot_pass_at_k({label: summary}, out / "pass_at_k.png")
+    print(f"\n{report.summary_table(summary, cfg.k)}\n")
     if cfg.paper:
         print(f"{report.paper_table({label: summary}, cfg.k)}\n")
     print(f"{out}: samples.jsonl, every completion; results.json, the numbers; pass_at_k.png")

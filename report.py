@@ -1,7 +1,7 @@
-"""From graded samples to numbers: unbiased pass@k, intervals, paired comparisons, the table, the picture.
+"""From graded samples to numbers: unbiased pass@k, intervals, paired comparisons, tables, and the pass@k picture.
 
-rows: dicts with data, problem, correct, finish, tokens, reason, gold (evaluate.py's samples.jsonl)
-P problems, n samples of each, R runs
+A row is one graded sample, a dictionary from evaluate.py's samples.jsonl with data (its benchmark), problem (an id),
+correct, finish, tokens, reason and gold. Shapes: R runs, P problems of a benchmark, n samples of each problem.
 """
 
 import glob
@@ -26,23 +26,31 @@ PAPER = {  # arXiv 2606.24084: pass@8 in %, on BENCHMARKS in this order; one see
     "LSM + NewlineSpan": (86.2, 20.0, 26.7, 80.0),
     "teacher (4B)": (90.8, 46.7, 33.3, 90.0),
 }
-DRAWS = 10_000  # of every bootstrap and permutation
-MEAN = "mean"  # the unweighted mean over benchmarks
+DRAWS = 10_000  # random draws in each bootstrap and each permutation test
+MEAN = "mean"  # the name under which tables list the unweighted mean over benchmarks
 
 # -----------------------------------------------------------------------------
-# files
+# rows
 
 
 def read_rows(path: Path):
-    """The rows of a .jsonl file, or of a folder's samples.jsonl."""
+    """The rows of a .jsonl file, or of the samples.jsonl in a folder. ValueError if there is no such file."""
     path = path / "samples.jsonl" if path.is_dir() else path
     if not path.is_file():
-        raise ValueError(f"no finished evaluation: {path} does not exist")
+        raise ValueError(f"no finished evaluation: {path} does not exist; evaluate.py writes it when it finishes")
     return read_jsonl(path)
 
 
 def write_rows(path: Path, rows):
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII: a lone surrogate survives
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII only: a lone surrogate is escaped
+
+
+def rows_by_benchmark(rows) -> dict:
+    """{benchmark: its rows}, in the order of the rows."""
+    benchmarks = {}
+    for row in rows:
+        benchmarks.setdefault(row["data"], []).append(row)
+    return benchmarks
 
 
 # -----------------------------------------------------------------------------
@@ -50,211 +58,236 @@ def write_rows(path: Path, rows):
 
 
 def pass_at_k(n: int, correct) -> np.ndarray:
-    """[P, n]: each problem's pass@k for k = 1..n, from correct [P] of n samples: 1 - C(n-c, k) / C(n, k).
+    """[P, n]: pass@k of each problem for k = 1..n, from correct [P], how many of its n samples are correct.
 
-    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374); k = 1 is mean@n.
+    The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374), 1 - C(n - c, k) / C(n, k). At k = 1 it is mean@n.
     """
-    ks = range(1, n + 1)
-    table = [[1 - math.comb(n - c, k) / math.comb(n, k) for k in ks] for c in range(n + 1)]
-    return np.array(table)[np.asarray(correct)]
+    curve_for_count = [[1 - math.comb(n - c, k) / math.comb(n, k) for k in range(1, n + 1)] for c in range(n + 1)]
+    return np.array(curve_for_count)[np.asarray(correct)]
 
 
 def bootstrap(scores, low=0.0, high=1.0, seed=0) -> np.ndarray:
-    """[DRAWS, ...]: means of scores [P, ...] under random weights of the problems (Rubin's Bayesian bootstrap).
+    """[DRAWS, ...]: means of scores [P, ...] in a Bayesian bootstrap over problems (Rubin 1981).
 
-    A problem's samples stay with it. Its score varies with them already, so to draw samples again within
-    the problem would count their noise twice. Half a problem at each end of the scale joins in: without
-    it, 0 of 30 solved has an interval of width 0. For 0/1 scores this makes Jeffreys' interval.
+    Each draw gives the problems random Dirichlet weights, as if other problems had been collected. A problem's samples
+    are not resampled: its score already varies with them. Two pseudo-problems of half weight, with scores `low` and
+    `high`, the ends of the scale, are added: without them 0 of 30 solved would have an interval of width 0. For scores
+    of 0 and 1 this is Jeffreys' interval.
     """
     scores = np.asarray(scores, dtype=float)
-    ends = np.stack([np.full(scores.shape[1:], low), np.full(scores.shape[1:], high)])
-    shape = np.r_[np.ones(len(scores)), 0.5, 0.5]
-    weights = np.random.default_rng(seed).standard_gamma(shape, (DRAWS, len(shape)))
-    return np.tensordot(weights / weights.sum(1, keepdims=True), np.concatenate([scores, ends]), 1)
+    pseudo_scores = np.stack([np.full(scores.shape[1:], low), np.full(scores.shape[1:], high)])
+    mean_weights = np.r_[np.ones(len(scores)), 0.5, 0.5]
+    weights = np.random.default_rng(seed).standard_gamma(mean_weights, (DRAWS, len(mean_weights)))
+    weights /= weights.sum(1, keepdims=True)
+    return np.tensordot(weights, np.concatenate([scores, pseudo_scores]), 1)
 
 
 def interval(draws) -> np.ndarray:
-    """[2, ...]: the middle 95 % of draws [DRAWS, ...]."""
+    """[2, ...]: the bounds of the middle 95 % of draws [DRAWS, ...]."""
     return np.quantile(draws, [0.025, 0.975], axis=0)
 
 
 def paired(ours, base, seed=0):
-    """(difference, (low, high), p) of ours - base, each a list over benchmarks of [R, P] on the same problems.
+    """(difference, (low, high), p_value): how much higher `ours` scores than `base` on the same problems.
 
-    One run on each side: p is the permutation test that swaps the two runs problem by problem. More: training
-    seeds are noise as well, drawn as Student's t from the spread of run means, pooled over both sides, and p
-    is read off the same draws as the interval. A side of one run counts as a fixed model.
+    ours, base: for each benchmark the scores [R, P] of R runs (training seeds) on P problems, in the same order. The
+    difference is between means over runs and problems, averaged over benchmarks.
+
+    Interval: problems are resampled (see bootstrap), because other problems would have given another result. Each draw
+    weights the differences by problem, not each side on its own, so what makes a problem hard for both sides cancels.
+    p_value, one run on each side: a permutation test. If the two models do not differ, a problem's two scores are
+    exchangeable, so each difference gets a random sign. This says nothing about other training seeds.
+    Several runs: another seed would have trained another model, so each draw also gets noise for the seeds: Student's
+    t, scaled by the spread of run means within a side, pooled over both sides. p_value is twice the share of draws
+    beyond 0. A side with one run shows no spread and counts as a fixed model. The noise of sampling responses is in
+    both parts, so the interval is, if anything, too wide.
     """
+    differences = [a.mean(0) - b.mean(0) for a, b in zip(ours, base, strict=True)]  # [P] for each benchmark
+    difference = np.mean([by_problem.mean() for by_problem in differences])
+    draws = np.zeros(DRAWS)
+    for i, by_problem in enumerate(differences):
+        largest = np.abs(by_problem).max() or 1.0  # ±1 would make the pseudo-problems outweigh small differences
+        draws += bootstrap(by_problem, -largest, largest, seed=[seed, 0, i]) / len(differences)
     rng = np.random.default_rng([seed, 1])
-    diffs = [a.mean(0) - b.mean(0) for a, b in zip(ours, base, strict=True)]
-    total, draws = np.mean([d.mean() for d in diffs]), 0.0
-    for i, d in enumerate(diffs):
-        most = np.abs(d).max() or 1.0  # the scale of bootstrap's half problems
-        draws = draws + bootstrap(d, -most, most, seed=[seed, 0, i]) / len(diffs)
-    runs = [np.mean([s.mean(1) for s in side], 0) for side in (ours, base) if len(side[0]) > 1]
-    if runs:
-        free = sum(len(m) - 1 for m in runs)
-        variance = sum(((m - m.mean()) ** 2).sum() for m in runs) / free
-        scale = math.sqrt(variance * sum(1 / len(m) for m in runs))
-        draws = draws + scale * rng.standard_t(free, DRAWS)
-        hits = 2 * min(np.sum(draws <= 0), np.sum(draws >= 0))
+    sides = [side for side in (ours, base) if len(side[0]) > 1]  # those with several runs
+    if sides:
+        run_means = [np.mean([scores.mean(1) for scores in side], 0) for side in sides]  # [R] of each side
+        degrees_of_freedom = sum(len(means) - 1 for means in run_means)
+        variance = sum(((means - means.mean()) ** 2).sum() for means in run_means) / degrees_of_freedom
+        standard_error = math.sqrt(variance * sum(1 / len(means) for means in run_means))
+        draws += standard_error * rng.standard_t(degrees_of_freedom, DRAWS)
+        n_extreme = 2 * min(np.sum(draws <= 0), np.sum(draws >= 0))
     else:
-        flips = [(rng.integers(0, 2, (DRAWS, len(d))) * 2 - 1) @ d / len(d) for d in diffs]
-        hits = np.sum(np.abs(np.mean(flips, 0)) >= abs(total) - 1e-12)
-    return total, interval(draws), min(1.0, (1 + hits) / (1 + DRAWS))
+        signs = [rng.integers(0, 2, (DRAWS, len(by_problem))) * 2 - 1 for by_problem in differences]
+        permuted = [s @ by_problem / len(by_problem) for s, by_problem in zip(signs, differences, strict=True)]
+        n_extreme = np.sum(np.abs(np.mean(permuted, 0)) >= abs(difference) - 1e-12)  # ties count, despite rounding
+    p_value = min(1.0, (1 + n_extreme) / (1 + DRAWS))  # the data count as one more draw: never 0
+    return difference, interval(draws), p_value
 
 
 # -----------------------------------------------------------------------------
-# tables
+# metrics and tables
 
 
-def split(rows) -> dict:
-    """{benchmark: its rows}, in the order of the rows."""
-    sets = {}
+def scores_by_problem(rows) -> dict:
+    """{problem id: its pass@k for k = 1..n} of one benchmark's rows; n: the samples that every problem has."""
+    verdicts = {}
     for row in rows:
-        sets.setdefault(row["data"], []).append(row)
-    return sets
-
-
-def scores(rows) -> dict:
-    """{problem id: its row of pass_at_k} of one benchmark's rows."""
-    correct = {}
-    for row in rows:
-        correct.setdefault(row["problem"], []).append(row["correct"])
-    n = min(map(len, correct.values()))
-    return dict(zip(correct, pass_at_k(n, [sum(c[:n]) for c in correct.values()]), strict=True))
+        verdicts.setdefault(row["problem"], []).append(row["correct"])
+    n = min(len(samples) for samples in verdicts.values())
+    n_correct = [sum(samples[:n]) for samples in verdicts.values()]
+    return dict(zip(verdicts, pass_at_k(n, n_correct), strict=True))
 
 
 def metrics(rows, k: int) -> dict:
-    """{"pass@K", "mean@N", "truncated", "length", "no_answer"} of one benchmark: shares, and tokens."""
-    curves = np.array(list(scores(rows).values()))
-    if k > curves.shape[1]:
-        raise ValueError(f"pass@{k} needs {k} samples of each problem; here are {curves.shape[1]}")
-    values = {f"pass@{k}": curves[:, k - 1], f"mean@{curves.shape[1]}": curves[:, 0]}
-    values["truncated"] = [row["finish"] == "length" for row in rows]
-    values["length"] = [row["tokens"] for row in rows]
-    values["no_answer"] = [row["reason"] in UNGRADABLE for row in rows]
+    """{"pass@K", "mean@N", "truncated", "length", "no_answer"} of one benchmark's rows: shares; tokens for length."""
+    curves = np.array(list(scores_by_problem(rows).values()))  # [P, n]
+    n = curves.shape[1]
+    if k > n:
+        raise ValueError(f"--k is {k}, but there are {n} sample(s) of each problem: lower --k")
+    values = {
+        f"pass@{k}": curves[:, k - 1],
+        f"mean@{n}": curves[:, 0],
+        "truncated": [row["finish"] == "length" for row in rows],
+        "length": [row["tokens"] for row in rows],
+        "no_answer": [row["reason"] in UNGRADABLE for row in rows],
+    }
     return {name: float(np.mean(x)) for name, x in values.items()}
 
 
 def summary(runs, k: int) -> dict:
-    """{benchmark: its metrics, "problems", and curve, low, high: pass@k and interval for k = 1..n}.
+    """{benchmark: its metrics, "problems" (how many), and "curve", "low", "high": pass@k and interval for k = 1..n}.
 
-    runs: the rows of each run of one model or variant; runs are averaged. Last, where there are several
-    benchmarks: their unweighted mean.
+    runs: the rows of each run of one model or variant, to be averaged. With several benchmarks, their unweighted mean
+    comes last.
     """
-    found, draws = {}, []
-    for i, name in enumerate(split(runs[0])):
-        parts = [split(rows)[name] for rows in runs]
-        of = [scores(part) for part in parts]
-        curves = np.mean([[x[problem] for problem in of[0]] for x in of], 0)
-        draws.append(bootstrap(curves, seed=i))
-        means = [metrics(part, k) for part in parts]
-        found[name] = {key: float(np.mean([x[key] for x in means])) for key in means[0]}
-        found[name] |= {"problems": len(curves), "curve": curves.mean(0)}
-    if len(found) > 1:
-        entries = list(found.values())
-        found[MEAN] = {key: np.mean([x[key] for x in entries], 0) for key in entries[0]}
-        found[MEAN]["problems"] = sum(x["problems"] for x in entries)
+    runs = [rows_by_benchmark(rows) for rows in runs]
+    entries, draws = {}, []
+    for seed, benchmark in enumerate(runs[0]):
+        scores = [scores_by_problem(run[benchmark]) for run in runs]
+        problems = scores[0].keys()  # in one order, which may not be that of the other runs
+        curves = np.mean([[run_scores[problem] for problem in problems] for run_scores in scores], 0)  # [P, n]
+        run_metrics = [metrics(run[benchmark], k) for run in runs]
+        means = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}
+        entries[benchmark] = {**means, "problems": len(problems), "curve": curves.mean(0)}
+        draws.append(bootstrap(curves, seed=seed))  # [DRAWS, n]
+
+    if len(entries) > 1:
+        each = list(entries.values())
+        entries[MEAN] = {key: np.mean([entry[key] for entry in each], 0) for key in each[0]}
+        entries[MEAN]["problems"] = sum(entry["problems"] for entry in each)
         draws.append(np.mean(draws, 0))
-    for x, d in zip(found.values(), draws, strict=True):
-        low, high = interval(d)  # the half problems of several sets add up: keep the mean itself inside
-        low, high = np.minimum(low, x["curve"]), np.maximum(high, x["curve"])
-        x |= {"curve": list(x["curve"]), "low": list(low), "high": list(high)}
-    return found
+    for entry, entry_draws in zip(entries.values(), draws, strict=True):
+        low, high = interval(entry_draws)
+        # Pseudo-problems pull every benchmark toward 50 %; the narrower interval of their mean could miss that mean.
+        low, high = np.minimum(low, entry["curve"]), np.maximum(high, entry["curve"])
+        entry |= {"curve": list(entry["curve"]), "low": list(low), "high": list(high)}
+    return entries
 
 
-def percent(x, ends=()):
-    return f"{100 * x:.1f}" + (f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if len(ends) else "")
+def percent(share, bounds=None) -> str:
+    """0.123 as "12.3", or as "12.3 [10.1, 14.5]" with bounds (0.101, 0.145)."""
+    text = f"{100 * share:.1f}"
+    return text if bounds is None else f"{text} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
 
 
-def layout(head, body) -> str:
-    """Rows of text as columns, the first flush left."""
-    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+def format_columns(header, body) -> str:
+    """Lines of text cells as aligned columns, the first flush left and the others flush right."""
+    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     lines = []
-    for row in [head, *body]:
-        cells = [cell.rjust(w) for cell, w in zip(row, widths, strict=True)]
+    for row in [header, *body]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def table(found: dict, k: int) -> str:
-    """A summary in percent, with 95 % intervals."""
-    mean = list(next(iter(found.values())))[1]
+def summary_table(entries: dict, k: int) -> str:
+    """What summary() returns as a table, in percent and with 95 % intervals."""
+    first_entry = next(iter(entries.values()))
+    mean_at_n = next(name for name in first_entry if name.startswith("mean@"))
     body = []
-    for name, x in found.items():
-        at_k, at_1 = ((x["low"][i], x["high"][i]) for i in (k - 1, 0))
-        cells = [percent(x[f"pass@{k}"], at_k), percent(x[mean], at_1), percent(x["truncated"])]
-        cells += [f"{x['length']:.0f}", percent(x["no_answer"])]
-        body.append([name, str(x["problems"]), *cells])
-    return layout(["", "problems", f"pass@{k} %", f"{mean} %", "cut off %", "tokens", "no answer %"], body)
+    for benchmark, entry in entries.items():
+        bounds = list(zip(entry["low"], entry["high"], strict=True))  # of pass@1, ..., pass@n; pass@1 is mean@n
+        cells = [percent(entry[f"pass@{k}"], bounds[k - 1]), percent(entry[mean_at_n], bounds[0])]
+        cells += [percent(entry["truncated"]), f"{entry['length']:.0f}", percent(entry["no_answer"])]
+        body.append([benchmark, str(entry["problems"]), *cells])
+    return format_columns(["", "problems", f"pass@{k} %", f"{mean_at_n} %", "cut off %", "tokens", "no answer %"], body)
 
 
-def paper_table(ours: dict, k: int) -> str:
-    """The paper's table, and ours, {name: summary}, under it."""
-    columns = BENCHMARKS.split(",")
-    body = [[name, *map(str, row), f"{np.mean(row):.1f}"] for name, row in PAPER.items()]
-    for name, found in ours.items():
-        have = [found[c][f"pass@{k}"] for c in columns if c in found]
-        cells = [percent(found[c][f"pass@{k}"]) if c in found else "-" for c in columns]
-        mean = percent(np.mean(have)) if len(have) == len(columns) else "-"
-        body.append([f"ours: {name}", *cells, mean])
-    return layout([f"paper: pass@8 %, ours: pass@{k} %", *columns, MEAN], body)
+def paper_table(summaries: dict, k: int) -> str:
+    """The paper's table, with our summaries {name: what summary() returns} under it; "-": not evaluated."""
+    benchmarks = BENCHMARKS.split(",")
+    body = [[name, *map(str, scores), f"{np.mean(scores):.1f}"] for name, scores in PAPER.items()]
+    for name, entries in summaries.items():
+        scores = [entries[benchmark][f"pass@{k}"] if benchmark in entries else math.nan for benchmark in benchmarks]
+        cells = ["-" if math.isnan(score) else percent(score) for score in [*scores, np.mean(scores)]]
+        body.append([f"ours: {name}", *cells])
+    return format_columns([f"paper: pass@8 %, ours: pass@{k} %", *benchmarks, MEAN], body)
 
 
-def comparison(arms: dict, k: int) -> str:
-    """Each later arm against the first, on the benchmarks that all have. arms: {name: [rows of each run]}.
+def comparison(variants: dict, k: int) -> str:
+    """A table of each later variant against the first, on the benchmarks that all runs have.
 
-    ValueError where the problems are not the same ones, or a run has fewer than k samples of each.
+    variants: {name: [rows of each run]}. ValueError if runs answer different problems, or have under k samples of each.
     """
-    runs = [(name, split(rows)) for name, arm in arms.items() for rows in arm]
-    common = [s for s in runs[0][1] if all(s in sets for _, sets in runs)]
-    if not common:
-        raise ValueError(f"no benchmark in common: {[(name, list(sets)) for name, sets in runs]}")
-    sides = {name: [[] for _ in common] for name in arms}  # [benchmark][run] of [P, n]
-    for name, sets in runs:
-        for i, s in enumerate(common):
-            golds = [{(r["problem"], r["gold"]) for r in x[s]} for x in (runs[0][1], sets)]
-            if odd := golds[0] ^ golds[1]:
-                who = f"{runs[0][0]} and {name} do not answer the same problems of {s}"
-                raise ValueError(f"{who}: {len(odd)} differ, for example (id, gold) = {min(odd)}")
-            of, order = scores(sets[s]), scores(runs[0][1][s])
-            if k > len(of[min(of)]):
-                raise ValueError(f"--k is {k}, but {name} has {len(of[min(of)])} samples of each problem")
-            sides[name][i].append(np.array([of[problem] for problem in order]))
-    body, (first, *others) = [], arms
-    sets = [([i], s) for i, s in enumerate(common)]
-    sets += [(range(len(common)), MEAN)] * (len(common) > 1)
-    for other in others:
-        for at, label in ((k - 1, f"pass@{k}"), (0, "mean@n")):
-            for pick, s in sets:
-                pair = [[np.array(sides[a][i])[..., at] for i in pick] for a in (other, first)]
-                diff, ends, p = paired(*pair)
-                ours, base = (percent(np.mean([x.mean() for x in side])) for side in pair)
-                body.append([other, s, label, ours, base, percent(diff, ends), f"{p:.4f}"])
-    return layout(["variant", "", "%", "variant", first, "difference", "p"], body)
+    runs = [(name, rows_by_benchmark(rows)) for name, variant in variants.items() for rows in variant]
+    baseline, first_run = runs[0]
+    benchmarks = [benchmark for benchmark in first_run if all(benchmark in run for _, run in runs)]
+    if not benchmarks:
+        available = ", ".join(f"{name} has {' and '.join(run)}" for name, run in runs)
+        raise ValueError(f"--compare: no benchmark in common: {available}")
+
+    curves = {name: {benchmark: [] for benchmark in benchmarks} for name in variants}  # lists of [P, n], one per run
+    for name, run in runs:
+        for benchmark in benchmarks:
+            expected = {(row["problem"], row["gold"]) for row in first_run[benchmark]}
+            answered = {(row["problem"], row["gold"]) for row in run[benchmark]}
+            differing = expected ^ answered
+            if differing:
+                example = f"{len(differing)} differ, for example (id, gold) = {min(differing)}"
+                raise ValueError(f"{baseline} and {name} do not answer the same problems of {benchmark}: {example}")
+            scores = scores_by_problem(run[benchmark])
+            problems = scores_by_problem(first_run[benchmark]).keys()  # the order for all runs, so that they pair up
+            run_curves = np.array([scores[problem] for problem in problems])
+            n = run_curves.shape[1]
+            if k > n:
+                raise ValueError(f"--k is {k}, but {name} has {n} sample(s) of each problem of {benchmark}: lower --k")
+            curves[name][benchmark].append(run_curves)
+
+    groups = [(benchmark, [benchmark]) for benchmark in benchmarks]
+    if len(benchmarks) > 1:
+        groups.append((MEAN, benchmarks))
+    body = []
+    for name in list(variants)[1:]:
+        for metric, column in ((f"pass@{k}", k - 1), ("mean@n", 0)):
+            for label, members in groups:
+                ours = [np.array(curves[name][benchmark])[..., column] for benchmark in members]  # [R, P] for each
+                base = [np.array(curves[baseline][benchmark])[..., column] for benchmark in members]
+                means = [percent(np.mean([scores.mean() for scores in side])) for side in (ours, base)]
+                difference, bounds, p_value = paired(ours, base)
+                body.append([name, label, metric, *means, percent(difference, bounds), f"{p_value:.4f}"])
+    return format_columns(["variant", "", "%", "variant", baseline, "difference", "p"], body)
 
 
 # -----------------------------------------------------------------------------
-# picture
+# picture and command
 
 
-def picture(curves: dict, path):
-    """pass@k against k with its 95 % band: a panel a benchmark, a line a run. curves: {name: summary}."""
+def plot_pass_at_k(summaries: dict, path):
+    """Writes pass@k against k with 95 % bands: one panel per benchmark, one line per name of summaries."""
     plt = pyplot()
-    names = list(dict.fromkeys(s for found in curves.values() for s in found))
-    size = (1 + 3.2 * len(names), 3.6)
-    fig, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True)
-    most = max(len(x["curve"]) for found in curves.values() for x in found.values())
-    ticks = [2**i for i in range(12) if 2**i <= most]
-    for ax, name in zip(axes[0], names, strict=True):
-        for i, (label, found) in enumerate(curves.items()):
-            if name in found:
-                mid, low, high = (100 * np.array(found[name][x]) for x in ("curve", "low", "high"))
-                ks = np.arange(1, len(mid) + 1)
-                ax.plot(ks, mid, marker="o", markersize=3, color=f"C{i}", label=label)
+    benchmarks = list(dict.fromkeys(benchmark for entries in summaries.values() for benchmark in entries))
+    fig, axes = plt.subplots(1, len(benchmarks), figsize=(1 + 3.2 * len(benchmarks), 3.6), squeeze=False, sharey=True)
+    largest_k = max(len(entry["curve"]) for entries in summaries.values() for entry in entries.values())
+    ticks = [2**i for i in range(12) if 2**i <= largest_k]
+    for ax, benchmark in zip(axes[0], benchmarks, strict=True):
+        for i, (name, entries) in enumerate(summaries.items()):
+            if benchmark in entries:
+                curve, low, high = (100 * np.array(entries[benchmark][key]) for key in ("curve", "low", "high"))
+                ks = np.arange(1, len(curve) + 1)
+                ax.plot(ks, curve, marker="o", markersize=3, color=f"C{i}", label=name)
                 ax.fill_between(ks, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        ax.set(title=name, xlabel="k", ylim=(0, 103), xscale="log")
+        ax.set(title=benchmark, xlabel="k", ylim=(0, 103), xscale="log")
         ax.set_xticks(ticks, ticks)
         ax.set_xticks([], minor=True)
         ax.grid(alpha=0.3)
@@ -266,18 +299,21 @@ def picture(curves: dict, path):
 
 
 def compare(cfg):
-    arms = {}
-    for text in cfg.compare:
-        name, _, paths = text.rpartition("=")
-        files = [file for path in paths.split(",") for file in sorted(glob.glob(path)) or [path]]
-        arms[name or paths] = [read_rows(Path(file)) for file in files]
-    if len(arms) < 2:
-        raise ValueError("--compare takes at least two evaluations with different names")
-    print(f"\n{comparison(arms, cfg.k)}\n")
-    curves = {name: summary(runs, cfg.k) for name, runs in arms.items()}
+    """evaluate.py --compare: prints the tables, and writes pass_at_k.png into --out."""
+    variants = {}
+    for argument in cfg.compare:  # NAME=A,B,C or A,B,C: runs of one variant, each a folder, a file or a glob pattern
+        name, _, paths = argument.rpartition("=")
+        files = []
+        for path in paths.split(","):
+            files += sorted(glob.glob(path)) or [path]  # if nothing matches, read_rows names the path in its error
+        variants[name or paths] = [read_rows(Path(file)) for file in files]
+    if len(variants) < 2:
+        raise ValueError("--compare needs two evaluations or more, with different names: --compare A=FOLDER B=FOLDER")
+    print(f"\n{comparison(variants, cfg.k)}\n")
+    summaries = {name: summary(runs, cfg.k) for name, runs in variants.items()}
     if cfg.paper:
-        print(f"{paper_table(curves, cfg.k)}\n")
+        print(f"{paper_table(summaries, cfg.k)}\n")
     out = Path(cfg.out or "out/eval")
     out.mkdir(parents=True, exist_ok=True)
-    picture(curves, out / "pass_at_k.png")
-    print(f"{out}/pass_at_k.png has the curves")
+    plot_pass_at_k(summaries, out / "pass_at_k.png")
+    print(f"the curves are in {out}/pass_at_k.png")
