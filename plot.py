@@ -9,12 +9,12 @@ import re
 import sys
 from pathlib import Path
 
-PANELS = {  # title: the metrics' names, a regular expression
+PANELS = {  # title: a regular expression for the names of the metrics in the panel
     "loss": "loss",
-    "gap: reverse KL to the teacher, nats a token": "gap|eval/.*gap",
-    "drift since sampling, nats": "gate/(drift_abs|s_abs)",
-    "gates": "gate/(mean|ess|p05)",
-    "held-out problems": "eval/.*(pass|mean)@.*",
+    "reverse KL to the teacher, nats/token": "gap|eval/.*gap",
+    "absolute drift since sampling, nats": "gate/(drift_abs|s_abs)",
+    "gates (1: no drift)": "gate/(mean|ess|p05)",
+    "share of held-out problems solved": "eval/.*(pass|mean)@.*",
     "response length, tokens": "rollout/length",
 }
 
@@ -24,7 +24,7 @@ def read(run) -> list[dict]:
 
 
 def pyplot():
-    """matplotlib, for files alone; imported where a picture is drawn, as it takes a second."""
+    """matplotlib.pyplot without a display; imported only where a picture is drawn, because that takes a second."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,40 +34,54 @@ def pyplot():
 
 
 def draw(*runs) -> None:
-    """Writes curves.png, and gates.png where gates were recorded, into the first run's folder."""
-    plt = pyplot()
+    """Writes curves.png, and gates.png if the first run recorded gates, into the first run's folder."""
     histories = {Path(run): read(run) for run in runs}
     first = Path(runs[0])
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
-    for ax, (title, pattern) in zip(axes.flat, PANELS.items(), strict=True):
-        for i, (run, rows) in enumerate(histories.items()):
-            names = dict.fromkeys(name for row in rows for name in row if re.fullmatch(pattern, name))
-            for j, name in enumerate(names):
-                label = name if len(runs) == 1 else f"{run.name} {name}"
-                style = {} if len(runs) == 1 else dict(color=f"C{i}", linestyle=("-", "--", ":")[j % 3])
-                points = [(row["step"], row[name]) for row in rows if name in row]
-                ax.plot(
-                    *zip(*points, strict=True), marker="o" if name.startswith("eval/") else None, label=label, **style
-                )
-        ax.set(title=title, xlabel="step")
-        ax.grid(alpha=0.3)
-        if len(ax.lines) > 1:
-            ax.legend(fontsize=8)
-    figure.savefig(first / "curves.png", dpi=120)
-    plt.close(figure)
-
+    draw_curves(histories, first / "curves.png")
     rows = [row for row in histories[first] if "gate/by_position" in row]
     if rows:
-        figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-        extent = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1)
-        values = list(zip(*(row["gate/by_position"] for row in rows), strict=True))
-        image = ax.imshow(values, origin="lower", aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
-        ax.set(
-            title=f"mean gate, last epoch of each step: {first.name}", xlabel="step", ylabel="position in the response"
-        )
-        figure.colorbar(image, label="gate")
-        figure.savefig(first / "gates.png", dpi=120)
-        plt.close(figure)
+        draw_gates(rows, first / "gates.png", title=f"mean gate in the last epoch of each step: {first.name}")
+
+
+def draw_curves(histories, path):
+    """histories: {folder: rows}. One run: a colour per metric. Several: a colour per run, a line style per metric."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    one_run = len(histories) == 1
+    all_rows = sum(histories.values(), [])
+    for ax, (title, pattern) in zip(axes.flat, PANELS.items(), strict=True):
+        names = dict.fromkeys(name for row in all_rows for name in row if re.fullmatch(pattern, name))
+        for i, name in enumerate(names):
+            linestyle = "-" if one_run else ("-", "--", ":")[i % 3]
+            style = dict(linestyle=linestyle, marker="o" if name.startswith("eval/") else None, markersize=5)
+            for j, rows in enumerate(histories.values()):
+                steps = [row["step"] for row in rows if name in row]
+                values = [row[name] for row in rows if name in row]
+                ax.plot(steps, values, color=f"C{i}" if one_run else f"C{j}", **style)
+            ax.plot([], [], color=f"C{i}" if one_run else "gray", label=name, **style)  # for the legend only
+        ax.set(title=title, xlabel="step")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        if len(names) > 1:
+            ax.legend(fontsize=8, handlelength=3)  # long enough to tell line styles apart
+    if not one_run:
+        lines = [plt.Line2D([], [], color=f"C{j}", label=run.name) for j, run in enumerate(histories)]
+        figure.legend(handles=lines, loc="outside upper center", ncols=4)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def draw_gates(rows, path, title):
+    plt = pyplot()
+    figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
+    extent = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1)  # each column is centred on its step
+    gates = list(zip(*(row["gate/by_position"] for row in rows), strict=True))  # [positions, steps]
+    image = ax.imshow(gates, origin="lower", aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
+    ax.set(title=title, xlabel="step", ylabel="position in the response (0: start, 1: end)")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label="gate")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
