@@ -70,15 +70,15 @@ def bootstrap(scores, low=0.0, high=1.0, seed=0) -> np.ndarray:
     """[DRAWS, ...]: means of scores [P, ...] in a Bayesian bootstrap over problems (Rubin 1981).
 
     Each draw gives the problems random Dirichlet weights, as if other problems had been collected. A problem's samples
-    are not resampled: its score already varies with them. Two pseudo-problems of half weight, with scores `low` and
-    `high`, the ends of the scale, are added: without them 0 of 30 solved would have an interval of width 0. For scores
-    of 0 and 1 this is Jeffreys' interval.
+    are not resampled, because the spread of the scores already contains their noise. Two pseudo-problems of half weight
+    with scores `low` and `high`, the ends of the scale, are added: without them 0 of 30 solved would have an interval
+    of width 0. For scores of 0 and 1 this is Jeffreys' interval.
     """
     scores = np.asarray(scores, dtype=float)
     pseudo_scores = np.stack([np.full(scores.shape[1:], low), np.full(scores.shape[1:], high)])
-    mean_weights = np.r_[np.ones(len(scores)), 0.5, 0.5]
-    weights = np.random.default_rng(seed).standard_gamma(mean_weights, (DRAWS, len(mean_weights)))
-    weights /= weights.sum(1, keepdims=True)
+    concentration = np.r_[np.ones(len(scores)), 0.5, 0.5]
+    weights = np.random.default_rng(seed).standard_gamma(concentration, (DRAWS, len(concentration)))
+    weights /= weights.sum(1, keepdims=True)  # gamma variates divided by their sum are Dirichlet weights
     return np.tensordot(weights, np.concatenate([scores, pseudo_scores]), 1)
 
 
@@ -93,14 +93,14 @@ def paired(ours, base, seed=0):
     ours, base: for each benchmark the scores [R, P] of R runs (training seeds) on P problems, in the same order. The
     difference is between means over runs and problems, averaged over benchmarks.
 
-    Interval: problems are resampled (see bootstrap), because other problems would have given another result. Each draw
-    weights the differences by problem, not each side on its own, so what makes a problem hard for both sides cancels.
+    Interval: problems are resampled (see bootstrap), because other problems would have given another result. A draw
+    weights the differences of the problems, not each side on its own: what makes a problem hard for both sides cancels.
     p_value, one run on each side: a permutation test. If the two models do not differ, a problem's two scores are
     exchangeable, so each difference gets a random sign. This says nothing about other training seeds.
     Several runs: another seed would have trained another model, so each draw also gets noise for the seeds: Student's
     t, scaled by the spread of run means within a side, pooled over both sides. p_value is twice the share of draws
-    beyond 0. A side with one run shows no spread and counts as a fixed model. The noise of sampling responses is in
-    both parts, so the interval is, if anything, too wide.
+    beyond 0. A side with one run shows no spread and counts as a fixed model. Both the differences and the run means
+    contain the noise of sampling responses, so the interval is, if anything, too wide.
     """
     differences = [a.mean(0) - b.mean(0) for a, b in zip(ours, base, strict=True)]  # [P] for each benchmark
     difference = np.mean([by_problem.mean() for by_problem in differences])
