@@ -1,4 +1,4 @@
-"""Policy-drift gates: weights for token losses that shrink where the policy has moved since the rollouts were sampled.
+"""Policy-drift gates: per-token loss weights that shrink where the policy has moved since the rollouts were sampled.
 
 Zheng and Jiang, Blockwise Policy-Drift Gating for On-Policy Distillation, arXiv 2606.24084, Eq. 1. The responses of a
 minibatch are cut into segments: blocks of 64 tokens, spans between newlines, single tokens, or whole responses. Then
@@ -9,25 +9,27 @@ minibatch are cut into segments: blocks of 64 tokens, spans between newlines, si
     L   = sum_t g_t loss_t / sum_t g_t      the loss, over the response tokens of the whole minibatch
 
 Copy this file; it depends only on PyTorch. B responses, T positions, N response tokens: the True positions of `mask`, with
-padding on either side. For a minibatch in one piece:
+padding on either side. For a minibatch that is processed in one pass:
 
     weights = gate_weights(logp, logp_old, mask, "block", block=64)     # [B, T]: mean 1 over the response tokens
     loss = (weights * token_loss * mask).sum() / mask.sum()
 
-With gradient accumulation or several ranks the mean must be over all of the minibatch. So do not normalise in each
-micro-batch, nor divide its loss by anything; add up the gates, and divide the gradient once, before clipping:
+With gradient accumulation or several ranks the mean must be over the whole minibatch. So do not normalise in each
+micro-batch, and undo any division of the loss that your trainer makes; sum the gates, and divide the gradient once, before
+clipping (not possible where p.grad does not exist, as in DeepSpeed):
 
     gate_sum = torch.zeros((), device=device)
-    for each micro-batch:                                               # equally many on every rank
+    for each micro-batch:             # equally many on every rank: pad with one whose mask is False everywhere
         mask = mask.bool()
         segments = segment_index(mask, "block", block=64)
         g, _ = gate(logp[mask], logp_old[mask], segments)               # [N]
         (g * token_loss[mask]).sum().backward()
         gate_sum += g.sum()
     dist.all_reduce(gate_sum)
+    gate_sum.clamp_(min=1e-30)        # if every gate has underflowed
     for p in model.parameters():
         if p.grad is not None:
-            p.grad *= world_size / gate_sum                             # DDP and FSDP have averaged over the ranks
+            p.grad *= world_size / gate_sum     # DDP and FSDP have averaged over the ranks
 
 `logp_old` must come from the same code as `logp`, before the first update on these rollouts. A sampler's own log-probs
 differ (another engine, another precision, top-p), and the gate would take the difference for drift. For kind "span", also
@@ -157,7 +159,8 @@ def span_lengths(is_newline, span_min: int, span_max: int) -> list[int]:
     """Cuts a response at its newlines. The paper names this rule, but not its two thresholds.
 
     A span ends with the first newline at or after its span_min-th token, so short lines are merged with the next ones. A
-    remainder shorter than span_min joins the span before it. A span over span_max is cut into nearly equal parts.
+    remainder shorter than span_min joins the span before it, or stands alone if there is none. A span over span_max is cut
+    into nearly equal parts.
     For example, lines of 3, 9 and 30 tokens with span_min 8 and span_max 20 give spans of 12 (3 + 9), 15 and 15.
     """
     spans, length = [], 0

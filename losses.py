@@ -70,7 +70,7 @@ def lsm_loss(
     """Teacher top-K local support matching, LSM: sum_k p_k (log p_k - log q_k) over the support, the reverse KL.
 
     renormalise (Fu et al. 2026, arXiv 2603.25562): p and q are softmaxes over the support alone, so the student's
-    logsumexp cancels and no gradient of vocabulary size arises. Otherwise p and q are probabilities in the whole
+    logsumexp cancels and no vocabulary-sized gradient is needed. Otherwise p and q are probabilities in the whole
     vocabulary and logq must be log-probs; that sum can be negative, and it rewards moving mass off the support.
     forward: sum_k q_k (log q_k - log p_k) instead. log_ratio_clamp: keep each log-ratio within +- this; 0: off.
     """
@@ -86,7 +86,7 @@ def lsm_loss(
     if renormalise:
         logp = logp.log_softmax(-1)
         logq = logq.log_softmax(-1)
-    # KL(a || b): a is the distribution that the expectation is under
+    # KL(a || b): a is the distribution that the expectation is taken over
     log_a, log_b = (logq, logp) if forward else (logp, logq)
     log_ratio = log_a - log_b
     if log_ratio_clamp:
@@ -99,6 +99,7 @@ def lsm_loss(
 
 def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
     """Reverse KL over K + 1 outcomes [...]: K tokens with log-probs logp and logq [..., K], and "any other token"."""
+    # K + 1 probabilities that add up to 1 already, so lsm_loss's renormalisation changes nothing
     return lsm_loss(_with_tail(_finite(logp)), _with_tail(_finite(logq)))
 
 
@@ -127,8 +128,8 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
     FLOPs                                              forward       backward
         z alone (lse=False)                            2 N H K       4 N H K
         z and lse, no gradient reaches lse (LSM)       2 N H V       4 N H K
-        z and lse, both with gradient (OPD)            2 N H V       2 N H V to compute the logits again, 4 N H V
-        head_kl                                        4 N H V       4 N H V to compute the logits again, 4 N H V
+        z and lse, both with gradient (OPD)            2 N H V       2 N H V to recompute the logits, 4 N H V
+        head_kl                                        4 N H V       4 N H V to recompute the logits, 4 N H V
     """
     vocab = vocab or weight.shape[0]
     chunk = chunk or _default_chunk(hidden)
@@ -136,7 +137,7 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
 
 
 class _HeadLogits(torch.autograd.Function):
-    """Forward adds up the logsumexp over chunks of the vocabulary; backward computes each chunk's logits again."""
+    """Forward accumulates the logsumexp over chunks of the vocabulary; backward recomputes each chunk's logits."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ids, temperature, vocab, want_lse, chunk):
@@ -147,6 +148,7 @@ class _HeadLogits(torch.autograd.Function):
         if want_lse:
             total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)  # [N]
             for _, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
+                # only the lse is used: _log_softmax_and_lse_ says why this beats torch.logsumexp
                 total = torch.logaddexp(total, _log_softmax_and_lse_(logits))
             lse = total.float()
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
@@ -182,15 +184,17 @@ def head_topk(hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1
     Arguments as in head_logits. A few positions at a time, over the whole vocabulary: memory beyond the result is one
     chunk, regardless of N.
     """
-    v = slice(0, vocab or weight.shape[0])
-    rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=24, cuda_log2=27)) // v.stop)
-    buffer = hidden.new_empty(min(rows, len(hidden)), v.stop, dtype=torch.float32)
+    vocab = vocab or weight.shape[0]
+    rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=24, cuda_log2=27)) // vocab)
+    buffer = hidden.new_empty(min(rows, len(hidden)), vocab, dtype=torch.float32)
     top_ids, top_logq, also_logq = [], [], []
     for start in range(0, max(1, len(hidden)), rows):  # once even if N = 0
         h = hidden[start : start + rows]
-        logits = _logits_(buffer[: len(h)], h, weight, bias, v, temperature)  # [rows, V]
+        logits = _logits_(buffer[: len(h)], h, weight, bias, slice(0, vocab), temperature)  # [rows, V]
         top = logits.topk(k)
-        z = logits[:, :0] if also_ids is None else logits.gather(1, also_ids[start : start + rows])
+        z = logits[:, :0]  # [rows, 0]
+        if also_ids is not None:
+            z = logits.gather(1, also_ids[start : start + rows])  # [rows, J]
         peak = top.values[:, :1]
         lse = peak + logits.sub_(peak).exp_().sum(1, keepdim=True).log()  # in place: logits are no longer needed
         top_ids.append(top.indices)
@@ -234,9 +238,10 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk):
         N = len(hidden)
-        # two buffers [rows, V], and about as much in temporaries of _divergence on a GPU
+        # `rows` positions share a matmul: two buffers [rows, V], and as much again in temporaries. A CPU then takes only
+        # as many of them at a time as its cache holds; a GPU takes all.
         rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=26, cuda_log2=28)) // (4 * vocab))
-        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=20)) // vocab)  # as many as a CPU's cache holds
+        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=20)) // vocab)
         loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
         buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
         v = slice(0, vocab)
@@ -252,7 +257,9 @@ class _HeadKL(torch.autograd.Function):
                 lse_t[r] = _log_softmax_and_lse_(logq)
                 loss[r], kl_p[r] = _divergence(logp, logq, beta)
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p)
-        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
+        chunk = (
+            chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
+        )  # backward holds four of them
         ctx.options = beta, temperature, vocab, chunk
         ctx.mark_non_differentiable(lse)
         return loss, lse
@@ -270,11 +277,10 @@ class _HeadKL(torch.autograd.Function):
             if beta == 0:  # d KL(q || p) / d logits = p - q
                 d_logits = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
             else:
-                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)). In JSD m depends on p, too, but d JSD / d m =
-                # -(beta q + (1 - beta) p) / m = -1 is a constant, and the changes of a distribution add up to 0.
-                weight_p = 1 if beta == 1 else 1 - beta
-                p = logp.exp().mul_(grad[:, None] * weight_p)
-                d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(p)
+                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)). That m depends on p adds nothing: d JSD / d m is -1
+                # for every token, and sum_v dm_v = 0.
+                scaled_p = logp.exp().mul_(grad[:, None] * (1 if beta == 1 else 1 - beta))
+                d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(scaled_p)
             _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
         return grads[0].to(hidden.dtype), *grads[1:], *[None] * 7
 
@@ -326,7 +332,7 @@ def _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
 
 
 def _logits_(out, hidden, weight, bias, v, temperature):
-    """out [N, |v|] becomes the logits / temperature of v, a slice of the vocabulary."""
+    """Overwrites out [N, |v|] with the logits / temperature of v, a slice of the vocabulary."""
     columns = out.shape[1] if out.is_cuda else 1024  # with few rows, a CPU is faster if the weight is split
     for weight_piece, out_piece in zip(weight[v].split(columns), out.split(columns, 1), strict=True):
         _mm(hidden, weight_piece.T, out_piece)
@@ -336,7 +342,7 @@ def _logits_(out, hidden, weight, bias, v, temperature):
 
 
 def _log_softmax_and_lse_(x):
-    """x [N, W] becomes its log_softmax; returns its logsumexp [N] in fp64.
+    """Overwrites x [N, W] with its log_softmax, and returns its logsumexp [N] in fp64.
 
     torch.log_softmax is one fused pass, three times faster than logsumexp, but does not return the logsumexp. That is input
     minus output at any element; the mean over 16 of them reduces the rounding error.
@@ -369,19 +375,21 @@ def _add_chunk_grads(d_logits, v, hidden, weight, temperature, d_hidden, d_weigh
 def _logits_at(ids, hidden, weight, bias, temperature, chunk):
     """z [N, K]: logits / temperature at ids [N, K], from the K rows of weight that they name."""
     rows = max(1, chunk // (ids.shape[1] * hidden.shape[1]))
-    parts = zip(hidden.split(rows), ids.split(rows), strict=True)
-    z = torch.cat([torch.bmm(weight[i].float(), h.float()[:, :, None])[:, :, 0] for h, i in parts])
+    z = []
+    for h, chunk_ids in zip(hidden.split(rows), ids.split(rows), strict=True):
+        z.append(torch.bmm(weight[chunk_ids].float(), h.float()[:, :, None])[:, :, 0])  # [rows, K, H] @ [rows, H, 1]
+    z = torch.cat(z)
     return (z if bias is None else z + bias[ids]).div_(temperature)
 
 
 def _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk):
-    """Gradients of (hidden, weight, bias) from grad_z [N, K]. Only the rows of weight that ids name are touched.
+    """Gradients of (hidden, weight, bias) from grad_z [N, K]. d_weight is dense, but only the rows that ids name are written.
 
     Ids that occur often add up in fp32, in a compact copy of the rows in use, and are rounded once.
     """
     grad_z = grad_z / temperature
-    d_hidden = torch.empty_like(hidden)
-    _, d_weight, d_bias = _zero_grads(hidden[:0], weight, bias)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    d_bias = None if bias is None else torch.zeros_like(bias)
     used, slot = torch.unique(ids, return_inverse=True)  # ids = used[slot]
     total = weight.new_zeros(len(used), weight.shape[1], dtype=torch.float32)
     rows = max(1, chunk // (ids.shape[1] * hidden.shape[1]))

@@ -160,7 +160,7 @@ def check_sampler(row, device):
         )
 
 
-def check_update(n_before, result, per_token, batches, problem_ids, cfg):
+def count_bad_updates(n_before, result, per_token, batches, problem_ids, cfg):
     """Updates in a row, this one included, whose loss or gradient was not finite. After cfg.max_bad_updates, all exit.
 
     Each is reported with its problems: those with a loss that is not finite or, if only the gradient is not, all of them.

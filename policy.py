@@ -13,7 +13,7 @@ class Policy(nn.Module):
     """A causal language model whose forward() returns on_hidden(hidden, weight, bias) instead of logits.
 
     vocab: how many token ids, from 0, student and teacher share; further rows of the embedding are padding.
-    file_dtype: of the files that the model came from, and of those that it will be saved to.
+    file_dtype: the dtype of the model's files, on load and on save.
     """
 
     def __init__(self, lm, vocab, file_dtype=torch.float32):
@@ -26,8 +26,8 @@ class Policy(nn.Module):
         """ids [B, L], right-padded, so causal attention needs no mask; rows and cols [N] choose hidden states.
 
         Calls on_hidden(hidden [N, H], weight [V', H], bias [V'] or None) with the head's weights, and returns its result.
-        It is called in here because FSDP2 keeps the weights gathered only during forward(), and then reduces the gradient of
-        the head like that of any other layer, whether it is tied to the embedding or not.
+        It is called in here because FSDP2 gathers the weights when forward() begins. It keeps those of the root module, to
+        which the head belongs, until the backward pass is over, and reduces their gradient like any other.
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
@@ -68,9 +68,9 @@ def model_paths(cfg):
 
 
 def load_tokenizer(paths, cfg):
-    """(the student's tokenizer, the size of the shared vocabulary). ValueError if student and teacher are incompatible:
+    """(the student's tokenizer, the size of the shared vocabulary).
 
-    different tokenizers, a context that is too short, or a vocabulary smaller than --topk.
+    ValueError if the tokenizers differ, a context is too short, or the vocabulary is smaller than --topk.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -108,7 +108,7 @@ def load_policy(path, cfg, vocab, device, *, trainable):
         lm.train()  # transformers checkpoints in training mode only
     policy = Policy(lm, vocab, AutoConfig.from_pretrained(path, **hub_options).dtype or torch.float32)
     if dist.is_initialized():
-        shard(policy, device)  # moves to the device what it keeps, layer by layer
+        shard(policy, device)  # moves only this rank's shards to the device, one layer at a time
     return policy.to(device)
 
 
@@ -154,7 +154,7 @@ def stop_ids_of(path, tokenizer) -> list[int]:
 def stop_ids(tokenizer, generation_config=None) -> list[int]:
     """The EOS ids of tokenizer and generation config, and the end of turn of the chat template.
 
-    Base models often list that one nowhere else, though their chat template ends every answer with it.
+    Base models often do not list their end-of-turn token as EOS, though the chat template ends every answer with it.
     """
     ids = set(end_of_turn(tokenizer))
     for source in (tokenizer, generation_config):
@@ -168,8 +168,8 @@ def end_of_turn(tokenizer) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return []
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
-    _, answer, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if answer else []
+    _, found, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     return [i for i in ids if i in special][:1]
 
@@ -198,6 +198,6 @@ def head_weights(policy):
 
 
 def full_weights(policy):
-    """Yields (name, full tensor) of the state dict, one at a time. A collective: every rank must walk through it."""
+    """Yields (name, full tensor) of the state dict, one at a time. A collective: every rank must iterate over all of it."""
     for name, weight in policy.lm.state_dict().items():
         yield name, full_tensor(weight)

@@ -7,11 +7,14 @@ Suggested reading order: main, update (the paper's Eq. 1), position_loss; then g
 A *step* samples one rollout batch: cfg.prompts x cfg.group responses. The batch is split into cfg.minibatches minibatches,
 and each of them gets one optimizer *update* per epoch. A minibatch is processed in micro-batches that fit in memory.
 
-Choices that the paper leaves open:
+Two choices that the paper leaves open:
 1. The old log-probs, from which drift is measured, come from the trainer's own forward pass before the first update, never
    from the sampler: a different engine, precision or top-p would show up as drift.
-2. Normalising the gate (g / mean g) and averaging the loss (/ number of tokens) together are one division by sum g. That
-   sum is over the whole minibatch, all micro-batches and ranks, so the result does not depend on how it was split.
+2. The sums of Eq. 1 run over the whole minibatch, on all ranks, so the result does not depend on how it was split.
+
+Ranks: every rank holds all rollouts, in the same order, and computes the same split of them into minibatches; it trains on its
+share of each. Weights are sharded, so every forward, backward and optimizer step is a collective, and so are full_weights,
+checkpoint.save and stop.requested: all ranks must reach each of them equally often.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
@@ -56,13 +59,15 @@ from teacher import load_teacher
 #   ids [B, L]           prompts and responses, padded on the right
 #   rows, cols [N]       hidden[rows, cols] predicts a response token: cols is the position before it
 #   tokens [N]           the response tokens y_t
-#   segments [N]         index of the gate's segment that each token is in
-#   position [N]         relative position in its response, in (0, 1)
+#   segments [N]         index of the segment that each token is in, for --gate and --block (gating.segment_lengths)
+#   position [N]         relative position in its response, in (0, 1); for plots
 #   logp_sampler [N]     log-probs that the sampler reported
 #   logp_old [N]         log pi_old(y_t); None until main() or update() sets it, before the first update
-#   teacher              the teacher's targets, set by main(): {"logq_sampled": [N], log q(y_t); "topk_ids" and
-#                        "topk_logq": [N, K]; for full-vocabulary losses "hidden": [N, H_t]}. They stay on the host,
-#                        because they are reused in every epoch and would fill the GPU. All other fields are on the device.
+#   teacher              the teacher's targets, set by main(), at cfg.temperature like all log-probs here:
+#                          "logq_sampled" [N]: log q(y_t)
+#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K is 1 for losses that do not use them)
+#                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
+#                        They stay on the host, because they are reused in every epoch and would fill the GPU.
 #
 # Each function makes one forward pass of the student and returns
 #   logp [N]             log pi(y_t) under the current student, without gradient
@@ -91,11 +96,12 @@ def sampled_token_loss(policy, batch, cfg):
 
 def topk_loss(policy, batch, cfg):
     """LSM and its relatives: student against teacher on the teacher's K most likely tokens."""
-    teacher = {name: x.to(batch.ids.device) for name, x in batch.teacher.items()}
+    targets = {name: x.to(batch.ids.device) for name, x in batch.teacher.items()}
     sampled = batch.tokens[:, None]  # [N, 1]
-    ids = torch.cat([sampled, teacher["topk_ids"]], 1)  # [N, 1 + K]
-    # Renormalised on the support, the loss does not depend on lse, the logsumexp over the vocabulary. The gate needs it for
-    # log pi(y_t), but without gradient. So the backward pass never computes logits again; it touches 1 + K rows of the head.
+    ids = torch.cat([sampled, targets["topk_ids"]], 1)  # [N, 1 + K]
+    # Renormalised on the support, the loss does not depend on lse, the logsumexp over the vocabulary. The gate needs lse, for
+    # log pi(y_t), but without gradient. head_logits recomputes all logits in its backward pass only if lse gets a gradient;
+    # here it gets none, and the backward pass reads only 1 + K rows of the head per token.
     loss_needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
 
     def on_hidden(hidden, weight, bias):
@@ -105,19 +111,21 @@ def topk_loss(policy, batch, cfg):
     z, lse = policy(batch.ids, batch.rows, batch.cols, on_hidden)  # logits [N, 1 + K], logsumexp [N]
     logp = (z - lse[:, None]).detach()
 
-    in_topk = teacher["topk_logq"] > -torch.inf  # a teacher's server may return fewer than K tokens
-    is_outside = ~((teacher["topk_ids"] == sampled) & in_topk).any(1)  # [N] the sampled token is not in the top-K
+    # A teacher's server may return fewer than K tokens: an unfilled slot holds log-prob -inf, and an id without meaning.
+    is_filled = targets["topk_logq"] > -torch.inf  # [N, K]
+    sampled_in_topk = (is_filled & (targets["topk_ids"] == sampled)).any(1)  # [N]
     info = {
-        "outside": is_outside.float(),
-        "teacher_mass": teacher["topk_logq"].exp().sum(1),
-        "student_mass": logp[:, 1:].exp().masked_fill(~in_topk, 0.0).sum(1),
+        "outside": 1 - sampled_in_topk.float(),
+        "teacher_mass": targets["topk_logq"].exp().sum(1),
+        "student_mass": logp[:, 1:].exp().masked_fill(~is_filled, 0.0).sum(1),
     }
-    if cfg.loss == "tail_topk":
-        logp_topk = (z[:, 1:] - lse[:, None]).masked_fill(~in_topk, -torch.inf)
-        return logp[:, 0], tail_loss(logp_topk, teacher["topk_logq"]), info
+    if cfg.loss == "tail_topk":  # takes none of the options below
+        logp_topk = (z[:, 1:] - lse[:, None]).masked_fill(~is_filled, -torch.inf)
+        return logp[:, 0], tail_loss(logp_topk, targets["topk_logq"]), info
     # Column 0, the sampled token, joins the support only with --add_sampled, and only if it is not in the top-K.
-    support = torch.cat([(is_outside & cfg.add_sampled)[:, None], in_topk], 1)  # [N, 1 + K]
-    logq = torch.cat([teacher["logq_sampled"][:, None], teacher["topk_logq"]], 1)  # [N, 1 + K]
+    add_sampled = ~sampled_in_topk if cfg.add_sampled else torch.zeros_like(sampled_in_topk)
+    support = torch.cat([add_sampled[:, None], is_filled], 1)  # [N, 1 + K]
+    logq = torch.cat([targets["logq_sampled"][:, None], targets["topk_logq"]], 1)  # [N, 1 + K]
     options = {
         "renormalise": cfg.renormalise,
         "log_ratio_clamp": cfg.log_ratio_clamp,
@@ -152,11 +160,11 @@ def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
 
         L = sum_t g_t loss_t / sum_t g_t      over the response tokens t of the whole minibatch, on all ranks
 
-    Every rank must make as many forward and backward passes as the others, or FSDP hangs: data.make_minibatches fills up
-    the ranks that have fewer micro-batches with some that have no response token (N = 0), which add nothing to the sums.
-    Returns {loss, grad_norm, skipped}, and for each micro-batch a dictionary of tensors [N].
+    Every rank must run the same number of forward and backward passes, or FSDP hangs: data.make_minibatches pads the shorter
+    ranks with empty micro-batches (N = 0), which add nothing to the sums. Returns {loss, grad_norm, skipped}, and for each
+    micro-batch a dictionary of tensors [N].
     """
-    tau = 0.0 if cfg.gate == "none" else cfg.tau  # exp(0) = 1: no gate, while drift is measured all the same
+    tau = 0.0 if cfg.gate == "none" else cfg.tau  # exp(0) = 1: no gate, but drift is still measured
     sums = torch.zeros(2, device=micro_batches[0].ids.device)  # sum_t g_t loss_t, sum_t g_t
     per_token = []
     for batch in micro_batches:
@@ -175,14 +183,15 @@ def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
 
     # The denominator is known only now: it is a sum over all micro-batches and ranks. To divide each micro-batch by its own
     # sum would weight a token by the length of its neighbours; to compute the sum first would take a second forward pass.
-    scale = 1.0
     if dist.is_initialized():
         dist.all_reduce(sums)
-        scale = world_size()  # FSDP has averaged the gradients over the ranks; Eq. 1 needs their sum
-    loss_sum, gate_sum = sums[0], sums[1].clamp(min=1e-30)  # not 0, should all gates underflow: then nothing is learned
+    loss_sum, gate_sum = (
+        sums[0],
+        sums[1].clamp(min=1e-30),
+    )  # avoids 0 / 0 if every gate underflows; the gradient is then 0
     params = [p for p in policy.parameters() if p.grad is not None]
     for p in params:
-        p.grad *= scale / gate_sum
+        p.grad *= world_size() / gate_sum  # FSDP has averaged the gradients over the ranks; Eq. 1 needs their sum
     grad_norm = full_tensor(nn.utils.clip_grad_norm_(params, cfg.grad_clip or float("inf")))
 
     result = {"loss": (loss_sum / gate_sum).item(), "grad_norm": grad_norm.item()}
@@ -194,7 +203,7 @@ def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
 
 
 def learning_rate(cfg, step):
-    """Linear warm-up over cfg.warmup steps, then constant, or linear down to a tenth at the last step."""
+    """Linear warm-up over cfg.warmup steps, then constant, or linear decay to lr / 10 at the last step."""
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
     if cfg.schedule == "constant":
@@ -220,7 +229,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     sampler: object
     logger: metrics.Logger
-    stop: checkpoint.StopSignal  # SIGTERM or Ctrl-C, on any rank
+    stop: checkpoint.StopSignal  # SIGTERM or Ctrl-C; requested() is a collective, requested_here() is local
     start: int  # steps already done in the checkpoint that it resumes from; 0 for a new run
     saved: int | None  # the step of the newest checkpoint
 
@@ -230,9 +239,9 @@ def setup(cfg) -> Run:
     device = on_all_ranks(init_device, cfg)
     say(f"preset {cfg.preset}, {device}, {world_size()} rank(s)")
 
-    # Everything that can be wrong is checked before a model loads or a file is written.
+    # Fail early: check everything before a model loads or a file is written.
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
-    on_all_ranks(rollout.choose, cfg.rollout, device.type)  # vLLM may be asked for and be unable to run
+    on_all_ranks(rollout.choose, cfg.rollout, device.type)  # fails if vLLM was requested but cannot run
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
@@ -311,7 +320,8 @@ def main(cfg, before_update=None):
         with torch.no_grad():
             for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
                 batch.logp_old = token_logprobs(policy, batch, cfg.temperature)
-            # The sampler reports log-probs at temperature 1. If training uses another, rescore one micro-batch to compare.
+            # Only for metrics.sampler_mismatch: the sampler reports log-probs at temperature 1, whatever it samples at. If
+            # training uses another temperature, rescore one micro-batch at 1 to compare.
             rescored = None
             if cfg.temperature != 1:
                 rescored = [token_logprobs(policy, batch, 1.0) for batch in micro_batches[:1]]
@@ -328,8 +338,8 @@ def main(cfg, before_update=None):
                     before_update(run, minibatch, epoch)
                 result, per_token = update(policy, optimizer, minibatch, cfg, teacher.head)
                 updates.append((result, per_token))
-                # reports an update that was skipped, and ends the run after --max_bad_updates in a row
-                bad_updates = metrics.check_update(
+                # Reports an update that was skipped, and ends the run after --max_bad_updates in a row.
+                bad_updates = metrics.count_bad_updates(
                     bad_updates, result, per_token, minibatch, run.train_prompts.problem_ids, cfg
                 )
         clock.lap("update")
@@ -360,14 +370,14 @@ def finish(run, cfg, done):
     """If the run was stopped, prints how to resume it; otherwise writes the student and the pictures."""
     run.stop.release()
     if run.stop.requested():
-        again = command_line(replace(cfg, resume="true", overwrite=False))
+        again = command_line(replace(cfg, resume="true", overwrite=False))  # --resume takes true, false or auto
         say(f"stopped by {run.stop.reason} after step {done} of {cfg.steps}, and saved. To resume, run:\n{again}")
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out) / "final", run.policy, run.tokenizer)
         if rank() == 0:
             plot.draw(cfg.out)
         say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
-    if dist.is_initialized():  # vLLM makes a group of one process, too
+    if dist.is_initialized():  # also in a single process, once vLLM has made a group of its own
         dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
         dist.destroy_process_group()
 
