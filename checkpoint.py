@@ -1,9 +1,10 @@
 """What a run leaves on disk besides its metrics, and how a signal stops it.
 
-OUT/config.json, OUT/step-N/ (checkpoints), OUT/final/ (the student)
+OUT/config.json, OUT/model/ (the student's files but its weights), OUT/step-N/ (checkpoints), OUT/final/ (the student)
 """
 
 import json
+import re
 import shutil
 import signal
 import warnings
@@ -17,7 +18,18 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from common import fsync, gather, one_line, rank, rng_state, set_rng_state, versions, world_size, write_file
+from common import (
+    fsync,
+    gather,
+    lock_folder,
+    one_line,
+    rank,
+    rng_state,
+    set_rng_state,
+    versions,
+    world_size,
+    write_file,
+)
 from configs import may_change
 from policy import full_weights
 
@@ -30,9 +42,9 @@ FILE_BYTES = 2 << 30  # of a rank's tensors in one file: a file is copied to hos
 
 
 def complete(out: Path) -> list[Path]:
-    """Checkpoint folders, oldest first. An unfinished one still has its temporary name."""
-    folders = [path for path in out.glob("step-*") if path.suffix != ".tmp" and (path / "state.json").exists()]
-    return sorted(folders, key=number)
+    """Checkpoint folders, oldest first. An unfinished one still has its temporary name; a user's copies have others."""
+    folders = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted([path for path in folders if (path / "state.json").exists()], key=number)
 
 
 def latest(out: Path) -> Path | None:
@@ -64,17 +76,28 @@ def find(cfg) -> Path | None:
     return newest
 
 
+def check_data(resume_from, data_digest):
+    """ValueError if the checkpoint was made with other training prompts."""
+    if resume_from and json.loads((resume_from / "state.json").read_text()).get("data", data_digest) != data_digest:
+        raise ValueError(
+            "--resume: the training prompts are not those that the run began with: has the file of --data changed?"
+        )
+
+
 def claim(cfg):
-    """Makes --out this run's, on rank 0. OSError if it cannot be written to."""
+    """Makes --out this run's, on rank 0, and returns its lock. OSError if it cannot be written to."""
     out = Path(cfg.out)
     if rank() > 0:
-        return
-    if cfg.overwrite and (out / "config.json").exists():  # nothing but a run is ever deleted
-        shutil.rmtree(out)
+        return None
     out.mkdir(parents=True, exist_ok=True)
-    for leftover in out.glob("*.tmp"):  # of a run that was killed
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    lock = lock_folder(out)
+    is_run = (out / "config.json").exists()  # nothing but a run is ever deleted
+    for path in out.iterdir():
+        # .tmp: left by a run that was killed
+        if path.name != ".lock" and (path.suffix == ".tmp" or (cfg.overwrite and is_run)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_file(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    return lock
 
 
 # -----------------------------------------------------------------------------
@@ -107,7 +130,7 @@ def assign_files(tensors):
     return files
 
 
-def save(out, step, policy, optimizer, cfg):
+def save(out, step, policy, optimizer, cfg, data_digest):
     """Writes OUT/step-N: safetensors sharded over the ranks, which any number of ranks can load.
 
     It gets its name when all of it is on the disk. Older ones than the newest cfg.keep are deleted then.
@@ -125,7 +148,7 @@ def save(out, step, policy, optimizer, cfg):
     if rank() > 0:
         return
     torch.save(rng_states, tmp / "rng.pt")
-    state = {"step": step, "config": asdict(cfg), "versions": versions()}
+    state = {"step": step, "data": data_digest, "config": asdict(cfg), "versions": versions()}
     write_file(tmp / "state.json", json.dumps(state, indent=1))
     fsync(tmp / "rng.pt")
     fsync(tmp)
@@ -153,31 +176,78 @@ def restore(folder, policy, optimizer):
         set_rng_state(rng_states[rank()])
 
 
-def save_model(path, policy, tokenizer):
-    """The student as a Hugging Face folder, in the dtype that its own files came in; renamed once it is complete."""
-    lm, config = policy.lm, policy.lm.generation_config
-    tied = lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
-    weights = {name: w.to(policy.file_dtype).cpu() for name, w in full_weights(policy) if name not in tied}
-    if rank() > 0:
+# -----------------------------------------------------------------------------
+# the student as a Hugging Face folder
+
+
+def save_model_files(out, policy, path, tokenizer):
+    """Writes OUT/model: config, generation config and tokenizer, before the first step, so that the last cannot fail on them.
+
+    Both configs are copies of the student's own: transformers refuses to write some that it reads. path: the student's.
+    """
+    from transformers.utils import cached_file
+
+    folder = out / "model"
+    if rank() > 0 or folder.exists():
         return
-    if not config.do_sample and (config.temperature or config.top_p or config.top_k):
-        config.do_sample = True  # some hub models come like this, and transformers refuses to save them
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = folder.with_name("model.tmp")
+    policy.lm.config.save_pretrained(tmp)  # as save_model will do
+    tokenizer.save_pretrained(tmp)
+    for name in ("config.json", "generation_config.json"):
+        own = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if own:
+            shutil.copyfile(own, tmp / name)
+    tmp.rename(folder)
+
+
+def save_model(out, policy):
+    """Writes OUT/final: the student, in the dtype that its own files came in. It gets its name once it is complete."""
+    tied = policy.lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
+    weights = {name: w.to(policy.file_dtype).cpu() for name, w in full_weights(policy) if name not in tied}
+    if rank() == 0:
+        write_model(out / "final", policy.lm, weights, out / "model")
+
+
+def write_model(folder, lm, weights, model_files):
+    """A folder with these weights and files, renamed once it is complete. OSError if it cannot be written."""
+    from transformers import GenerationConfig
+
+    tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
+    lm.generation_config = GenerationConfig()  # one that transformers writes for sure; the student's own replaces it
     try:
         lm.save_pretrained(tmp, state_dict=weights)
-        written = json.loads((tmp / "config.json").read_text())
-        written["dtype"] = str(policy.file_dtype).removeprefix("torch.")  # not that of the master weights
-        write_file(tmp / "config.json", json.dumps(written, indent=2) + "\n")
-        tokenizer.save_pretrained(tmp)
+        (tmp / "generation_config.json").unlink(missing_ok=True)
+        shutil.copytree(model_files, tmp, dirs_exist_ok=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
-        raise OSError(f"could not save {path}: {error}") from None
+        raise OSError(f"could not save {folder}: {error}") from None
     for file in tmp.iterdir():
         fsync(file)
-    shutil.rmtree(path, ignore_errors=True)
-    tmp.rename(path)
-    fsync(path.parent)
+    shutil.rmtree(folder, ignore_errors=True)
+    tmp.rename(folder)
+    fsync(folder.parent)
+
+
+def export(checkpoint, trust_remote_code=False) -> Path:
+    """The student of a checkpoint as a Hugging Face folder, CHECKPOINT/model, which is written if it is not there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder, model_files = checkpoint / "model", checkpoint.parent / "model"
+    if not folder.exists():
+        if not model_files.exists():
+            raise ValueError(
+                f"{checkpoint} is a checkpoint of train.py, but {model_files} with the model's config is missing"
+            )
+        config = AutoConfig.from_pretrained(model_files, trust_remote_code=trust_remote_code)
+        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        tied = lm.all_tied_weights_keys
+        weights = {name: w.float() for name, w in lm.state_dict().items() if name not in tied}
+        tensors = {f"model.lm.{name}": w for name, w in weights.items()}
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))  # in place
+        dtype = config.dtype or torch.float32
+        write_model(folder, lm, {name: w.to(dtype) for name, w in weights.items()}, model_files)
+    return folder
 
 
 # -----------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """What several files share: ranks, errors that end a run in one line, and files that survive a kill."""
 
+import fcntl
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
 import random
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -57,6 +60,11 @@ def gather(x) -> list:
     return parts
 
 
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def say(message):
     """Prints a line on rank 0, above the progress bar."""
     if rank() == 0:
@@ -80,6 +88,12 @@ def set_rng_state(state):
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_for(*parts) -> int:
+    """63 bits that depend on the parts alone, for example (run seed, step, problem id, sample)."""
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 # -----------------------------------------------------------------------------
@@ -133,6 +147,25 @@ def fsync(path: Path):
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock_folder(folder: Path):
+    """A file whose lock keeps other processes out of the folder until it is closed, or this process ends.
+
+    ValueError, with the holder's name, if another process has locked it. The system releases the lock of a killed process.
+    """
+    file = open(folder / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{folder} is in use by {file.read() or 'another process'}: stop it, or choose another --out"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+    return file
 
 
 def read_jsonl(path: Path) -> list[dict]:

@@ -5,10 +5,12 @@ A field is a flag: `lr` is `--lr`. The command line overrides the preset, and th
 
 import argparse
 import importlib.util
+import json
 import os
 import shlex
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 BENCHMARKS = "math500,aime24,aime25,amc23"  # the paper's four, in its order
@@ -18,7 +20,7 @@ FULL_VOCABULARY_LOSSES = ("rkl", "fkl", "jsd")
 # TrainConfig's defaults are the paper's settings. A preset is what differs from them.
 PRESETS = {
     "tiny": dict(
-        student="toy", teacher="toy", data="toy", eval_data="toy", eval_problems=128, eval_every=25,
+        student="toy", teacher="toy", data="toy", eval_problems=128, eval_every=25,
         threads=1, max_prompt=64, max_response=100, prompts=8, top_p=1.0, topk=16, block=16, span_min=8, span_max=32,
         steps=100, minibatches=2, micro_tokens=2048, lr=1e-3, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, loss="lsm",
     ),
@@ -47,6 +49,7 @@ class TrainConfig:
     teacher_offload: bool = arg(False, "keep the teacher in host memory while it is not scoring", may_change=True)
     data: str = arg("toy", "training prompts: hub name, .jsonl or .parquet file, or toy")
     template: str = arg("auto", "chat, plain, raw, or a text with {question}; auto: the tokenizer's chat template if it has one, else plain")
+    template_args: str = arg("{}", """JSON with the chat template's own switches, such as '{"enable_thinking": false}'""")
     max_prompt: int = arg(2048, "tokens; problems with longer prompts are left out", low=1)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python", may_change=True)
 
@@ -90,7 +93,7 @@ class TrainConfig:
     grad_ckpt: bool = arg(False, "recompute activations in the backward pass, to save memory", may_change=True)
     max_bad_updates: int = arg(10, "stop after so many updates in a row with a non-finite loss or gradient; 0: never", low=0, may_change=True)
 
-    eval_data: str = arg("toy", "held-out problems: names or files, comma-separated; empty: none", may_change=True, section="evaluation in the loop")
+    eval_data: str = arg("auto", "held-out problems: names or files, comma-separated; empty: none; auto: the toy's for --data toy, else none", may_change=True, section="evaluation in the loop")
     eval_every: int = arg(50, "steps; also before the first and after the last; 0: never", low=0, may_change=True)
     eval_problems: int = arg(0, "at most so many of each set; 0: all", low=0, may_change=True)
     k: int = arg(8, "pass@k, from k responses to each problem", low=1, may_change=True)
@@ -112,6 +115,7 @@ class EvalConfig:
     model: str = arg("", "hub name, folder, toy or toy-teacher; default: the newest out/*/final", section="model and data")
     data: str = arg("", "names or files, comma-separated; default: the paper's four, or toy for the toy's models")
     template: str = arg("auto", "as in training: auto, chat, plain, raw, or a text with {question}")
+    template_args: str = arg("{}", "as in training: JSON with the chat template's own switches")
     limit: int = arg(0, "at most so many problems of each set; 0: all", low=0)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python")
     k: int = arg(8, "pass@k", low=1)
@@ -221,6 +225,11 @@ def check_ranges(cfg) -> list[str]:
             errors.append(f"--{f.name} is {value}; it must be above 0")
     if cfg.template not in ("auto", "chat", "plain", "raw") and "{question}" not in cfg.template:
         errors.append(f"--template is {cfg.template!r}; it is auto, chat, plain, raw, or a text with {{question}}")
+    try:
+        if not isinstance(json.loads(cfg.template_args), dict):
+            raise ValueError
+    except ValueError:
+        errors.append(f"--template_args is {cfg.template_args!r}; it must be a JSON object")
     return errors
 
 
@@ -263,7 +272,7 @@ def check_eval(cfg) -> list[str]:
 
 
 def command_line(cfg) -> str:
-    """The shortest command line of train.py that gives cfg, on as many ranks as this one."""
+    """The shortest command line of train.py that gives cfg, on as many ranks as this one, from any working directory."""
     defaults = {f.name: f.default for f in fields(cfg)} | PRESETS[cfg.preset]
     given = {name: x for name, x in asdict(cfg).items() if x != defaults[name] or name in ("preset", "out")}
     local_ranks, ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("WORLD_SIZE", 1))
@@ -273,4 +282,6 @@ def command_line(cfg) -> str:
         if ranks > local_ranks:
             launcher += f"--nnodes {ranks // local_ranks} --rdzv_backend c10d --rdzv_endpoint HOST:29500 "
         launcher += f"--nproc_per_node {local_ranks}"
-    return f"{launcher} train.py " + " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in given.items())
+    script = Path(__file__).resolve().parent / "train.py"
+    words = " ".join(f"--{name} {shlex.quote(str(x))}" for name, x in given.items())
+    return f"cd {shlex.quote(os.getcwd())} && {launcher} {shlex.quote(os.path.relpath(script))} {words}"

@@ -5,9 +5,13 @@ ids = encode(problems[0], tokenizer, "auto")       # prompt token ids; the templ
 minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of MicroBatch, for this rank
 """
 
+import csv
 import functools
+import gzip
+import hashlib
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import seed_for
 from gating import segment_lengths
 
 # name: (hub repository, configuration, split)
@@ -29,10 +34,11 @@ HUB = {
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # or reward_model.ground_truth, as in DAPO
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # also .jsonl.gz, .json.gz and .csv.gz
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {question}\n" + INSTRUCTION + "\nAnswer:"
-MAX_ROWS = 100_000  # read from a larger dataset: DAPO's file repeats each problem about 100 times
+MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
 # -----------------------------------------------------------------------------
 # problems
@@ -46,41 +52,54 @@ class Problem:
 
 
 def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
-    """Problems of a benchmark's name, a hub dataset, a .jsonl, .json or .parquet file, or "toy".
+    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy".
 
-    seed: shuffle with it. None keeps the dataset's own order; for the toy it means the held-out problems. Repeated
-    prompts are dropped. limit: at most this many; 0 for all. ValueError if a dataset is empty, unreadable, or has no
-    columns that we know.
+    seed: for training: shuffle with it; answers may be missing. None: for evaluation: keep the order, and insist on an
+    answer and an id of its own for every problem; for the toy, the held-out problems. A problem without an id gets its
+    row's number. Repeated prompts are dropped. limit: at most this many; 0 for all. ValueError if a dataset is empty or
+    unreadable, has no columns that we know, or has a row that is not a problem.
     """
     if name == "toy":
         return toy_problems(seed, limit)
+    is_training = seed is not None
     rows, columns = read_rows(name)
-    if not len(rows):
-        raise ValueError(f"{name} is empty")
     by_lower_name = {column.lower(): column for column in columns}
     prompt_column = next((by_lower_name[c] for c in PROMPT_COLUMNS if c in by_lower_name), None)
     answer_column = next((by_lower_name[c] for c in ANSWER_COLUMNS if c in by_lower_name), "reward_model")
-    needs_answers = seed is None  # training does not
-    if prompt_column is None or (needs_answers and answer_column not in columns):
+    if prompt_column is None or (answer_column not in columns and not is_training):
         known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
         raise ValueError(f"{name} has the columns {list(columns)}; a prompt and an answer are called {known}")
-    order = range(len(rows)) if seed is None else np.random.default_rng(seed).permutation(len(rows)).tolist()
-    problems, seen = [], set()
-    for i in order[:MAX_ROWS]:
-        row = rows[i]
+
+    problems, seen_prompts, row_of_id = [], set(), {}
+    for number, row in enumerate(rows, 1):
         prompt = row.get(prompt_column)
+        if not (is_text(prompt) or is_chat(prompt)):
+            raise ValueError(f"{name}, row {number}: {prompt_column} {prompt!r} is neither text nor chat messages")
         answer = row.get(answer_column) if answer_column in columns else ""
         if isinstance(answer, dict):
             answer = answer.get("ground_truth")
-        if not (is_text(prompt) or is_chat(prompt)):
-            raise ValueError(f"{name}, row {i + 1}: {prompt_column} {prompt!r} is neither text nor chat messages")
         if answer is None or isinstance(answer, (dict, list)):
-            raise ValueError(f"{name}, row {i + 1}: {answer_column} {answer!r} is not an answer")
-        if str(prompt) not in seen:
-            seen.add(str(prompt))
-            id = str(row.get(by_lower_name.get("id"), f"{Path(name).stem}-{i}"))
-            answer = str(answer).split("####")[-1].strip()  # GSM8K's answers are: reasoning #### answer
-            problems.append(Problem(id, prompt, answer))
+            raise ValueError(f"{name}, row {number}: {answer_column} {answer!r} is not an answer")
+        answer = str(answer).split("####")[-1].strip()  # GSM8K's answers are: reasoning #### answer
+        if not answer and not is_training:
+            raise ValueError(f"{name}, row {number}: {answer_column} is empty; evaluation needs an answer")
+        if str(prompt) in seen_prompts:
+            continue
+        seen_prompts.add(str(prompt))
+        id = row.get(by_lower_name.get("id"))
+        id = f"{Path(name).stem}-{number - 1}" if id is None or str(id).strip() == "" else str(id)
+        if id in row_of_id:
+            if not is_training:
+                other = row_of_id[id]
+                raise ValueError(f"{name}, rows {other} and {number}, have the id {id!r}; every problem needs its own")
+            id = f"{id}-{number - 1}"
+        row_of_id[id] = number
+        problems.append(Problem(id, prompt, answer))
+    if not problems:
+        raise ValueError(f"{name} is empty")
+    if is_training:
+        order = np.random.default_rng(seed).permutation(len(problems)).tolist()
+        problems = [problems[i] for i in order[:MAX_PROBLEMS]]
     return problems[:limit] if limit else problems
 
 
@@ -97,7 +116,8 @@ def read_rows(name):
     import datasets
 
     path = Path(name)
-    if path.suffix not in (".jsonl", ".json", ".parquet"):
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in SUFFIXES:
         repository, configuration, split = HUB.get(name, (name, None, "train"))
         rows = datasets.load_dataset(repository, configuration, split=split)
         return rows, rows.column_names
@@ -105,24 +125,39 @@ def read_rows(name):
         raise ValueError(f"no such file: {name}")
     if path.stat().st_size == 0:
         raise ValueError(f"{name} is empty")
-    try:
-        if path.suffix == ".parquet":
+    if suffix == ".parquet":
+        try:
             rows = datasets.Dataset.from_parquet(name)
-            return rows, rows.column_names
-        rows = read_json(path)
-        return rows, list(dict.fromkeys(column for row in rows for column in row))
-    except (datasets.exceptions.DatasetGenerationError, ValueError, RecursionError) as error:
-        kind = "parquet" if path.suffix == ".parquet" else "json"
-        raise ValueError(f"{name} is not a readable {kind} file: {error.__cause__ or error}") from error
+        except OSError as error:
+            raise ValueError(
+                f"{name}: {error}. If that is its cache, set HF_HOME to a folder that can be written to"
+            ) from error
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{name} is not a readable parquet file: {error.__cause__ or error}") from error
+        return rows, rows.column_names
+    try:
+        rows = read_text_rows(path, suffix)
+    except (ValueError, RecursionError, csv.Error, OSError, EOFError) as error:
+        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {error}") from error
+    return rows, list(dict.fromkeys(column for row in rows for column in row))
 
 
-def read_json(path: Path) -> list[dict]:
-    """Rows of a .jsonl file, or of a .json file that holds a list. (pyarrow's reader crashes on some malformed files.)"""
-    text = path.read_text(encoding="utf-8")
+def read_text_rows(path: Path, suffix: str) -> list[dict]:
+    """Rows of a .jsonl, .json or .csv file, gzipped or not. (pyarrow's reader crashes on some malformed files.)"""
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # with or without a byte order mark
+        if suffix == ".csv":
+            return list(csv.DictReader(file))
+        text = file.read()
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row is {str(row)[:80]!r}; it must be an object")
@@ -146,45 +181,89 @@ def is_chat(prompt):
 # prompts
 
 
-def encode(problem: Problem, tokenizer, template: str = "auto") -> list[int]:
+def encode(problem: Problem, tokenizer, template: str = "auto", template_args: str = "{}") -> list[int]:
     """Prompt token ids. template: auto, chat, plain, raw, or a text with {question}.
 
-    auto is the tokenizer's chat template if it has one, else plain. Chat messages pass as they are; a bare question gets
-    the instruction to reason and to box the answer. raw adds nothing but BOS.
+    auto is the tokenizer's chat template if it has one, else plain. Chat messages pass as they are, and an assistant's
+    message at the end is continued; a bare question gets the instruction to reason and to box the answer. The other
+    templates take the text of all messages; raw adds nothing to it but BOS. template_args: JSON for the chat template's
+    own switches. ValueError if the chat template refuses the messages.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
-    question = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    is_bare = isinstance(problem.prompt, str)
     if template == "chat":
-        messages = problem.prompt
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": f"{question}\n{INSTRUCTION}"}]
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    if template == "raw":
-        return tokenizer(question)["input_ids"]
-    pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
-    return tokenizer(pattern.replace("{question}", question))["input_ids"]
+        messages = [{"role": "user", "content": f"{problem.prompt}\n{INSTRUCTION}"}] if is_bare else problem.prompt
+        return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
+    text = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
+    if template != "raw":
+        pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
+        text = pattern.replace("{question}", text)
+    ids = tokenizer(text)["input_ids"]
+    has_two_bos = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if has_two_bos else ids  # the template's text began with BOS, and the tokenizer added another
+
+
+def apply_chat_template(id, messages, tokenizer, template_args):
+    import jinja2
+
+    is_prefilled = messages[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not is_prefilled, "continue_final_message": is_prefilled, "return_dict": False}
+    try:
+        return tokenizer.apply_chat_template(messages, **options, **template_args)
+    except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(
+            f"the chat template refuses problem {id} with messages of the roles {roles}: {error}. "
+            f"--template plain does without a chat template"
+        ) from error
+
+
+def encode_all(problems, tokenizer, cfg, vocab) -> list[tuple[Problem, list[int]]]:
+    """[(problem, prompt ids)]. ValueError if a prompt has an id from vocab on: the model has no embedding for it."""
+    prompts = []
+    for problem in problems:
+        ids = encode(problem, tokenizer, cfg.template, cfg.template_args)
+        if max(ids, default=0) >= vocab:
+            raise ValueError(
+                f"problem {problem.id} has the token {tokenizer.decode([max(ids)])!r} with id {max(ids)}, but the model knows "
+                f"{vocab} ids: resize its embeddings (resize_token_embeddings), or use another --template"
+            )
+        prompts.append((problem, ids))
+    return prompts
 
 
 class TrainingPrompts:
-    """The prompts of every step, a function of the seed and the step alone: a resumed run needs no other state."""
+    """The prompts of every step, a function of the seed and the step alone: a resumed run needs no other state.
 
-    def __init__(self, problems: list[Problem], tokenizer, template: str, max_prompt: int, seed: int):
-        prompts = [(problem, encode(problem, tokenizer, template)) for problem in problems]
+    prompts: [(problem, prompt ids)]; those over max_prompt tokens are left out.
+    """
+
+    def __init__(self, prompts, max_prompt: int, seed: int):
         self.prompts = [(problem, ids) for problem, ids in prompts if 0 < len(ids) <= max_prompt]
         self.n_dropped = len(prompts) - len(self.prompts)
         if not self.prompts:
             raise ValueError(f"all {len(prompts)} training prompts are longer than --max_prompt {max_prompt} tokens")
         self.problem_ids = {tuple(ids): problem.id for problem, ids in self.prompts}
+        self.digest = digest([[problem.id, ids] for problem, ids in self.prompts])
         self.seed = seed
 
     def of_step(self, step: int, n: int) -> list[tuple[Problem, list[int]]]:
         """n prompts: the next ones of an endless list that shuffles the problems anew for every pass over them."""
-        return [self.at(i) for i in range(step * n, (step + 1) * n)]
+        prompts = []
+        for position in range(step * n, (step + 1) * n):
+            n_pass, i = divmod(position, len(self.prompts))
+            prompts.append(self.prompts[shuffled(len(self.prompts), f"{self.seed} {n_pass}")[i]])
+        return prompts
 
-    def at(self, position):
-        n_pass, i = divmod(position, len(self.prompts))
-        return self.prompts[shuffled(len(self.prompts), f"{self.seed} {n_pass}")[i]]
+    def jobs_of_step(self, step: int, n: int, group: int) -> list[tuple[list[int], int]]:
+        """[(prompt ids, seed)], `group` responses to each of the step's prompts. Every response has a seed of its own."""
+        jobs, n_samples = [], Counter()  # a small dataset can have a problem twice in a step
+        for problem, ids in self.of_step(step, n):
+            for _ in range(group):
+                jobs.append((ids, seed_for(self.seed, step, problem.id, n_samples[problem.id])))
+                n_samples[problem.id] += 1
+        return jobs
 
 
 @functools.lru_cache(maxsize=2)
@@ -194,20 +273,24 @@ def shuffled(n: int, seed: str) -> list[int]:
     return order
 
 
-def load_problems(cfg, tokenizer):
-    """(TrainingPrompts, {name: held-out problems}). ValueError if a held-out prompt is longer than --max_prompt."""
-    train = TrainingPrompts(
-        load(cfg.data, seed=cfg.seed), tokenizer, cfg.template, max_prompt=cfg.max_prompt, seed=cfg.seed
-    )
+def digest(parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def load_problems(cfg, tokenizer, vocab):
+    """(TrainingPrompts, {name: [(held-out problem, prompt ids)]}). ValueError if a held-out prompt is over --max_prompt."""
+    prompts = encode_all(load(cfg.data, seed=cfg.seed), tokenizer, cfg, vocab)
+    train = TrainingPrompts(prompts, cfg.max_prompt, cfg.seed)
+    eval_data = cfg.eval_data
+    if eval_data == "auto":
+        eval_data = "toy" if cfg.data == "toy" else ""
     held_out = {}
-    for name in cfg.eval_data.split(",") if cfg.eval_every else []:
-        if name:
-            held_out[name] = load(name, limit=cfg.eval_problems)
-        for problem in held_out.get(name, []):
-            length = len(encode(problem, tokenizer, cfg.template))
-            if length > cfg.max_prompt:
+    for name in eval_data.split(",") if cfg.eval_every and eval_data else []:
+        held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
+        for problem, ids in held_out[name]:
+            if len(ids) > cfg.max_prompt:
                 raise ValueError(
-                    f"held-out problem {problem.id} has {length} tokens, more than --max_prompt {cfg.max_prompt}"
+                    f"held-out problem {problem.id} has {len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
                 )
     return train, held_out
 

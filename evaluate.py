@@ -13,7 +13,6 @@ pass@k is unbiased, from n >= k samples; mean@n is pass@1. Intervals are 95 % an
 the kind would give. In a response that was cut off by its token limit, only a boxed answer counts.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -21,30 +20,42 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import data
 import report
 import rollout
-from common import gather, init_device, one_line, rank, say, versions, world_size, write_file
+from common import (
+    barrier,
+    gather,
+    init_device,
+    lock_folder,
+    one_line,
+    rank,
+    say,
+    seed_for,
+    versions,
+    world_size,
+    write_file,
+)
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
 from policy import full_weights, token_logprobs
 
 # Flags that change no sample, so that a folder may be used again with another value.
-NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory".split()
+NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory batch".split()
 
 # -----------------------------------------------------------------------------
 # sampling and grading
 
 
-def answer(sampler, tokenizer, jobs, grader, *, seed, template, **sampling):
-    """Rows for jobs [(benchmark, Problem, number of the sample)]: what was sampled, and whether it is right."""
-    prompts = [data.encode(problem, tokenizer, template) for _, problem, _ in jobs]
-    seeds = [rollout.seed_for("eval", seed, problem.id, i) for _, problem, i in jobs]
+def answer(sampler, tokenizer, jobs, grader, *, seed, **sampling):
+    """Rows for jobs [(benchmark, Problem, prompt ids, number of the sample)]: what was sampled, and whether it is right."""
+    prompts = [ids for _, _, ids, _ in jobs]
+    seeds = [seed_for("eval", seed, problem.id, i) for _, problem, _, i in jobs]
     rows = []
-    for (name, problem, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
+    for (name, problem, _, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
         row = {"data": name, "problem": problem.id, "sample": i, "seed": seed_i, "tokens": len(r.response)}
         row |= {"finish": r.finish, "gold": problem.answer}
         rows.append(row | {"text": tokenizer.decode(r.response, skip_special_tokens=True)})
@@ -58,25 +69,25 @@ def graded(rows, grader):
     return [row | dict(zip(names, verdict, strict=True)) for row, verdict in zip(rows, verdicts, strict=True)]
 
 
-def split_jobs(problems, n, batch):
+def split_jobs(prompts, n, batch):
     """This rank's jobs in parts of about `batch` responses: the same ones wherever an earlier run was killed.
 
-    problems: [(benchmark, Problem), ...]. There are as many parts on every rank; the last one may be empty.
+    prompts: [(benchmark, Problem, prompt ids), ...]. Every rank has as many parts; the last one may be empty.
     """
-    mine, step = problems[rank() :: world_size()], max(1, batch // n)
-    for start in range(0, len(problems[:: world_size()]), step):
-        yield [(name, problem, i) for name, problem in mine[start : start + step] for i in range(n)]
+    mine, step = prompts[rank() :: world_size()], max(1, batch // n)
+    for start in range(0, len(prompts[:: world_size()]), step):
+        yield [(*prompt, i) for prompt in mine[start : start + step] for i in range(n)]
 
 
-def evaluate(sampler, tokenizer, problems, *, k, n=0, seed=0, template="auto", batch=1024, **sampling):
-    """(metrics, rows) of Problems: the same on every rank, each having sampled its share.
+def evaluate(sampler, tokenizer, prompts, *, k, n=0, seed=0, batch=1024, **sampling):
+    """(metrics, rows) of prompts [(Problem, prompt ids)]: the same on every rank, each having sampled its share.
 
     metrics: pass@k, mean@n, truncated, length, no_answer. sampling: what sampler.sample takes.
     """
     rows = []
     with Grader() as grader:
-        for jobs in split_jobs([("", problem) for problem in problems], n or k, batch):
-            rows += answer(sampler, tokenizer, jobs, grader, seed=seed, template=template, **sampling)
+        for jobs in split_jobs([("", *prompt) for prompt in prompts], n or k, batch):
+            rows += answer(sampler, tokenizer, jobs, grader, seed=seed, **sampling)
     rows = [row for part in gather(rows) for row in part]
     return report.metrics(rows, k), rows
 
@@ -89,12 +100,9 @@ def evaluate_student(run, cfg):
     """
     sampling, row = rollout.sampling_options(cfg), {}
     run.sampler.sync(full_weights(run.policy))
-    for name, problems in run.held_out.items():
-        scores, _ = evaluate(
-            run.sampler, run.tokenizer, problems, k=cfg.k, seed=cfg.seed, template=cfg.template, **sampling
-        )
-        prompts = [data.encode(problem, run.tokenizer, cfg.template) for problem in problems[:64]]
-        jobs = [(ids, rollout.seed_for("gap", cfg.seed, i)) for i, ids in enumerate(prompts)]
+    for name, prompts in run.held_out.items():
+        scores, _ = evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)
+        jobs = [(ids, seed_for("gap", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()
         minibatches = data.make_minibatches(rollouts, cfg, 0, run.newline_ids, run.device, rank(), world_size())
@@ -115,11 +123,16 @@ def evaluate_student(run, cfg):
 # files
 
 
-def claim(folder: Path, identity: dict):
-    """Makes the folder this evaluation's; ValueError if it holds the samples of another."""
+def claim(folder: Path, identity: dict, overwrite: bool):
+    """Makes the folder this evaluation's, and returns its lock; ValueError if it holds the samples of another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
     path = folder / "identity.json"
+    if overwrite and path.exists():  # nothing but an evaluation is ever deleted
+        for old in folder.iterdir():
+            if old.name != ".lock":
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
         write_file(path, json.dumps(identity, indent=1) + "\n")
     saved = json.loads(path.read_text())
     for name in identity | saved:
@@ -129,10 +142,7 @@ def claim(folder: Path, identity: dict):
                 f"{folder} holds another evaluation, with {name} {old!r}, not {new!r}: --overwrite deletes it, "
                 f"--out names another folder"
             )
-
-
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return lock
 
 
 def weights_version(path, commit):
@@ -145,13 +155,18 @@ def weights_version(path, commit):
 # commands
 
 
-def choose_model(name):
+def choose_model(name, trust_remote_code=False):
     """(folder or hub name, what to call it)."""
     if name in ("toy", "toy-teacher"):
         import toy
 
         teacher, student = toy.models()
         return str(student if name == "toy" else teacher), name
+    if (Path(name) / "state.json").exists():  # a checkpoint
+        if rank() == 0:
+            checkpoint.export(Path(name), trust_remote_code)
+        barrier()
+        return str(Path(name) / "model"), "-".join(Path(name).parts[-2:])
     if name.count("/") > 1 and not Path(name).is_dir():
         raise ValueError(f"--model: there is no folder {name}")
     if not name:
@@ -164,13 +179,13 @@ def choose_model(name):
 
 
 def prepare(cfg, device):
-    """(cfg with its gaps filled, label, tokenizer, [(benchmark, Problem)], identity). ValueError if anything is wrong.
+    """(cfg with its gaps filled, label, tokenizer, [(benchmark, Problem, prompt ids)], identity). ValueError if wrong.
 
     The identity says what the samples depend on: a folder with another one is not used.
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    model, label = choose_model(cfg.model)
+    model, label = choose_model(cfg.model, cfg.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
     config = AutoConfig.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
     names = cfg.data
@@ -179,38 +194,35 @@ def prepare(cfg, device):
 
         names = "toy" if tokenizer.get_vocab() == toy.tokenizer().get_vocab() else BENCHMARKS
     paths = {Path(name).stem: name for name in names.split(",")}
-    sets = {name: data.load(path, limit=cfg.limit) for name, path in paths.items()}
-    problems = [(name, problem) for name in sets for problem in sets[name]]
-    ids = [(name, problem.id) for name, problem in problems]
-    if len(paths) < len(names.split(",")) or len(set(ids)) < len(ids):
-        raise ValueError(f"--data {names}: two sets, or two problems of one, have the same name")
-    prompts = [data.encode(problem, tokenizer, cfg.template) for _, problem in problems]
-    longest, context = max(map(len, prompts)), getattr(config, "max_position_embeddings", None) or 1 << 30
+    if len(paths) < len(names.split(",")):
+        raise ValueError(f"--data {names}: two sets have the same name")
+    prompts, identity = [], {}
+    for name, path in paths.items():
+        problems = data.load(path, limit=cfg.limit)
+        encoded = data.encode_all(problems, tokenizer, cfg, config.vocab_size)
+        identity[f"problems of {name}"] = data.digest([[p.id, ids, p.answer] for p, ids in encoded])
+        prompts += [(name, problem, ids) for problem, ids in encoded]
+    longest = max(len(ids) for _, _, ids in prompts)
+    context = getattr(config, "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
     out = cfg.out or str(Path("out/eval", label, "+".join(paths)))
     max_tokens = min(cfg.max_tokens, context - longest)
     cfg = replace(cfg, model=model, data=names, n=cfg.n or cfg.k, max_tokens=max_tokens, out=out)
-    identity = {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
-    identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type, "world": world_size()}
+    identity |= {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
+    identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type}
     identity["weights"] = weights_version(model, getattr(config, "_commit_hash", None))
-    for name in sets:
-        identity[f"problems of {name}"] = digest(*([p.id, p.prompt, p.answer] for p in sets[name]))
-    return cfg, label, tokenizer, problems, identity | {"prompts": digest(*prompts)}
+    return cfg, label, tokenizer, prompts, identity
 
 
 def run(cfg):
     device = init_device(cfg)
-    cfg, label, tokenizer, problems, identity = prepare(cfg, device)
-    say(f"{cfg.model}: {cfg.n} samples of {len(problems)} problems, {cfg.max_tokens} tokens at most")
-    say(f"first prompt: {tokenizer.decode(data.encode(problems[0][1], tokenizer, cfg.template))!r}")
+    cfg, label, tokenizer, prompts, identity = prepare(cfg, device)
+    say(f"{cfg.model}: {cfg.n} samples of {len(prompts)} problems, {cfg.max_tokens} tokens at most")
+    say(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
     out = Path(cfg.out)
-    if rank() == 0:
-        if cfg.overwrite and (out / "identity.json").exists():  # nothing but an evaluation is ever deleted
-            shutil.rmtree(out)
-        claim(out, identity)
-    if dist.is_initialized():
-        dist.barrier()
+    lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
+    barrier()
 
     def kept_rows():
         files = [*out.glob("samples.jsonl"), *sorted(out.glob("part-*.jsonl"))]
@@ -218,10 +230,10 @@ def run(cfg):
         return {(row["data"], row["problem"], row["sample"]): row for row in rows}
 
     sampling = {"max_tokens": cfg.max_tokens, "temperature": cfg.temperature, "top_p": cfg.top_p}
-    sampling |= {"top_k": cfg.sample_top_k, "seed": cfg.seed, "template": cfg.template}
+    sampling |= {"top_k": cfg.sample_top_k, "seed": cfg.seed}
     rows = kept_rows()
-    parts = list(split_jobs(problems, cfg.n, cfg.batch))
-    is_missing = [any((name, problem.id, i) not in rows for name, problem, i in jobs) for jobs in parts]
+    parts = list(split_jobs(prompts, cfg.n, cfg.batch))
+    is_missing = [any((name, problem.id, i) not in rows for name, problem, _, i in jobs) for jobs in parts]
     if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
         sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer))
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
@@ -232,15 +244,15 @@ def run(cfg):
                 report.write_rows(out / f"part-{rank():03d}-{i:05d}.jsonl", fresh)
             bar.update(len(jobs))
     bar.close()
-    if dist.is_initialized():
-        dist.barrier()
+    barrier()
     if rank() == 0:
         rows = kept_rows()
-        rows = [rows[name, problem.id, i] for name, problem in problems for i in range(cfg.n)]
+        rows = [rows[name, problem.id, i] for name, problem, _ in prompts for i in range(cfg.n)]
         report.write_rows(out / "samples.jsonl", rows)
         for file in out.glob("part-*"):
             file.unlink()
         finish(cfg, rows, out, label, identity)
+        lock.close()
 
 
 def finish(cfg, rows, out, label, identity):
@@ -259,6 +271,7 @@ def regrade(cfg):
     """Grades kept completions again, into the folder --out, or `regraded` beside them."""
     source = Path(cfg.regrade)
     rows = report.read_rows(source)
+    report.summary([rows], cfg.k)  # before anything is written: ValueError if there are fewer than k samples
     with Grader() as grader:
         fresh = graded(rows, grader)
     changed = [(old, new) for old, new in zip(rows, fresh, strict=True) if old["correct"] != new["correct"]]

@@ -3,20 +3,21 @@
 Zheng and Jiang, Blockwise Policy-Drift Gating for On-Policy Distillation, arXiv 2606.24084, Eq. 1. The responses of a
 minibatch are cut into segments: blocks of 64 tokens, spans between newlines, single tokens, or whole responses. Then
 
-    d_t = log pi(y_t) - log pi_old(y_t)     drift of the sampled token y_t since it was sampled, in nats
+    d_t = log pi(y_t) - log pi_old(y_t)     drift of the sampled token y_t since the rollouts were made, in nats
     s_b = mean of d over segment b          signed, so opposite drifts cancel
     g_b = exp(-tau |s_b|)                   the gate, the same for every token of the segment, without gradient
     L   = sum_t g_t loss_t / sum_t g_t      the loss, over the response tokens of the whole minibatch
 
-Copy this file; it depends only on PyTorch. B responses, T positions, N response tokens: the True positions of `mask`, with
-padding on either side. For a minibatch that is processed in one pass:
+Copy this file; it depends only on PyTorch. B responses, one per row; T positions; N response tokens: those at which `mask` is
+True, wherever they lie in the row. All else (prompt, padding, gaps) is skipped. For a minibatch processed in one pass:
 
     weights = gate_weights(logp, logp_old, mask, "block", block=64)     # [B, T]: mean 1 over the response tokens
     loss = (weights * token_loss * mask).sum() / mask.sum()
 
-With gradient accumulation or several ranks the mean must be over the whole minibatch. So do not normalise in each
-micro-batch, and undo any division of the loss that your trainer makes; sum the gates, and divide the gradient once, before
-clipping (not possible where p.grad does not exist, as in DeepSpeed):
+With gradient accumulation or several ranks the mean must be over the whole minibatch. So
+- do not normalise in each micro-batch: sum the gates, and divide the gradient once, before clipping;
+- undo any division of the loss by your trainer (Accelerate divides by gradient_accumulation_steps: multiply the loss by it);
+- this needs p.grad, which DeepSpeed does not have.
 
     gate_sum = torch.zeros((), device=device)
     for each micro-batch:             # equally many on every rank: pad with one whose mask is False everywhere

@@ -80,7 +80,7 @@ def lsm_loss(
         raise ValueError("renormalise=False needs lse, the student's logsumexp over the vocabulary")
     logp = _finite(z if renormalise else z.float() - lse[..., None])
     logq = _finite(logq)
-    if support is not None:  # a large finite number, because -inf would make NaN of 0 * -inf in the gradient
+    if support is not None:  # a large finite number, because 0 * -inf would give NaN in the gradient
         logp = logp.masked_fill(~support, -1e30)
         logq = logq.masked_fill(~support, -1e30)
     if renormalise:
@@ -225,6 +225,7 @@ def head_kl(
 
     beta = 1: reverse KL(p || q). beta = 0: forward KL(q || p). Between: the generalised Jensen-Shannon divergence,
     beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p (Agarwal et al. 2024, arXiv 2306.13649).
+    All logits must be finite.
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; it must lie in [0, 1]")
@@ -238,10 +239,10 @@ class _HeadKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk):
         N = len(hidden)
-        # `rows` positions share a matmul: two buffers [rows, V], and as much again in temporaries. A CPU then takes only
-        # as many of them at a time as its cache holds; a GPU takes all.
+        # `rows` positions share a matmul: two buffers [rows, V], plus temporaries of the same size. On a CPU the divergence is
+        # then computed on as many rows at a time as the cache holds.
         rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=26, cuda_log2=28)) // (4 * vocab))
-        cached_rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=20)) // vocab)
+        cached_rows = rows if hidden.is_cuda else max(1, (chunk or 1 << 20) // vocab)
         loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
         buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
         v = slice(0, vocab)
@@ -277,8 +278,8 @@ class _HeadKL(torch.autograd.Function):
             if beta == 0:  # d KL(q || p) / d logits = p - q
                 d_logits = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
             else:
-                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)). That m depends on p adds nothing: d JSD / d m is -1
-                # for every token, and sum_v dm_v = 0.
+                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)) for a fixed m. In JSD m depends on p, but d JSD / d m_v
+                # = -(beta q_v + (1 - beta) p_v) / m_v = -1 for every token v, and sum_v dm_v = 0: that term vanishes.
                 scaled_p = logp.exp().mul_(grad[:, None] * (1 if beta == 1 else 1 - beta))
                 d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(scaled_p)
             _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
@@ -305,7 +306,7 @@ def _log_mixture(logp, logq, beta):
 
 
 # -----------------------------------------------------------------------------
-# pieces of the head. A trailing _ in a name: it writes into its first argument
+# pieces of the head. Functions whose names end in _ overwrite their first argument
 
 
 def _default_chunk(x, cpu_log2=21, cuda_log2=27):
@@ -344,8 +345,8 @@ def _logits_(out, hidden, weight, bias, v, temperature):
 def _log_softmax_and_lse_(x):
     """Overwrites x [N, W] with its log_softmax, and returns its logsumexp [N] in fp64.
 
-    torch.log_softmax is one fused pass, three times faster than logsumexp, but does not return the logsumexp. That is input
-    minus output at any element; the mean over 16 of them reduces the rounding error.
+    torch.log_softmax is one fused pass, three times faster than logsumexp, and safe in place (tested), but does not return the
+    logsumexp. That is input minus output at any element; the mean over 16 of them reduces the rounding error.
     """
     before = x[:, :16].double()
     torch.log_softmax(x, 1, out=x)
@@ -367,7 +368,7 @@ def _add_chunk_grads(d_logits, v, hidden, weight, temperature, d_hidden, d_weigh
     if d_logits.is_cuda:
         d_logits = d_logits.to(hidden.dtype)
         d_hidden += _mm(d_logits, weight[v])
-    else:  # in place: a temporary [N, H] would grow with N
+    else:  # in place: avoids a second [N, H] tensor
         d_hidden.addmm_(d_logits, weight[v].float())
     d_weight[v] = _mm(d_logits.T, hidden)
 
@@ -385,7 +386,7 @@ def _logits_at(ids, hidden, weight, bias, temperature, chunk):
 def _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk):
     """Gradients of (hidden, weight, bias) from grad_z [N, K]. d_weight is dense, but only the rows that ids name are written.
 
-    Ids that occur often add up in fp32, in a compact copy of the rows in use, and are rounded once.
+    Contributions of repeated ids are summed in fp32, in a compact copy of the rows in use, and rounded once.
     """
     grad_z = grad_z / temperature
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)

@@ -31,14 +31,11 @@ class Logger:
         rows = read_jsonl(self.path) if self.path.exists() and start else []
         write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
         if cfg.log == "wandb":
-            import wandb
-
-            wandb.init(project="opd-gating", name=self.path.parent.name, config=asdict(cfg), resume="allow")
-            self.wandb = wandb
+            self.wandb = start_wandb(cfg, self.path.parent, is_resumed=start > 0)
         if cfg.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(self.path.parent)
+            self.tensorboard = SummaryWriter(self.path.parent, purge_step=start + 1 if start else None)
 
     def log(self, row):
         """All ranks call it with the same row, and exit in one line if it cannot be written."""
@@ -65,6 +62,20 @@ class Logger:
             rows = [row for row in read_jsonl(self.path) if row["step"] == step]
             found = any(name.startswith("eval") for row in rows for name in row)
         return gather(found)[0]
+
+
+def start_wandb(cfg, out, is_resumed):
+    """The wandb module, logging to one W&B run for all parts of a run that is resumed. ValueError if it cannot start."""
+    import wandb
+
+    id_file = out / "wandb_id"
+    run_id = id_file.read_text().strip() if is_resumed and id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id + "\n")
+    try:
+        wandb.init(project="opd-gating", name=out.name, id=run_id, resume="allow", dir=str(out), config=asdict(cfg))
+    except wandb.errors.Error as error:  # such as not being logged in
+        raise ValueError(f"--log wandb: {error}") from error
+    return wandb
 
 
 class Clock:

@@ -26,8 +26,8 @@ class Policy(nn.Module):
         """ids [B, L], right-padded, so causal attention needs no mask; rows and cols [N] choose hidden states.
 
         Calls on_hidden(hidden [N, H], weight [V', H], bias [V'] or None) with the head's weights, and returns its result.
-        It is called in here because FSDP2 gathers the weights when forward() begins. It keeps those of the root module, to
-        which the head belongs, until the backward pass is over, and reduces their gradient like any other.
+        on_hidden must run inside forward(): only there are the head's weights whole. FSDP2 does not reshard the root module,
+        to which the head belongs, after forward, so they remain whole through the backward pass.
         """
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
             hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
@@ -100,13 +100,18 @@ def load_policy(path, cfg, vocab, device, *, trainable):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
+    config = AutoConfig.from_pretrained(path, **hub_options)
+    file_dtype = config.dtype or torch.float32
+    for name, value in vars(config).items():  # dropout is always off: the gate would take it for drift
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **hub_options).requires_grad_(trainable)
+    lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options).requires_grad_(trainable)
     check_head(lm, path)
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.train()  # transformers checkpoints in training mode only
-    policy = Policy(lm, vocab, AutoConfig.from_pretrained(path, **hub_options).dtype or torch.float32)
+        lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
+    policy = Policy(lm, vocab, file_dtype)
     if dist.is_initialized():
         shard(policy, device)  # moves only this rank's shards to the device, one layer at a time
     return policy.to(device)
@@ -120,14 +125,28 @@ def shard(policy, device):
     bf16 = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in policy.lm.get_decoder().layers:
+    for layer in decoder_layers(policy.lm):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def decoder_layers(lm):
+    """The decoder's list of blocks, whatever it is called: `layers` in Llama, `h` in GPT-2. ValueError if there is none."""
+    n_layers = lm.config.get_text_config().num_hidden_layers
+    for module in lm.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
+            return module
+    raise ValueError(
+        f"{type(lm).__name__} has no list of {n_layers} blocks to shard over the ranks; train it on one rank"
+    )
 
 
 @torch.no_grad()
 def check_head(lm, path):
     """ValueError for models that scale or cap their logits after the head, as Gemma 2 does: losses.py would be wrong."""
+    cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
+    if cap:  # seen only in large logits
+        raise ValueError(f"{path} caps its logits (final_logit_softcapping {cap}), which losses.py does not do")
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()
     hidden = lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
@@ -171,15 +190,20 @@ def end_of_turn(tokenizer) -> list[int]:
     _, found, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return [i for i in ids if i in special][:1]
+    # Some tokenizers have the newline that follows as an added token: that ends no answer.
+    return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]
 
 
-def describe_prompt(prompt_ids, tokenizer, paths):
-    """Prints a prompt as the student will see it, and warns if teacher and student end their answers differently."""
+def describe_prompts(train_prompts, tokenizer, paths):
+    """Prints a prompt as the student will see it; warns of prompts left out, and of unlike stop tokens."""
+    if train_prompts.n_dropped:
+        n_all = train_prompts.n_dropped + len(train_prompts.prompts)
+        say(f"{train_prompts.n_dropped} of {n_all} training prompts are longer than --max_prompt, and left out")
     stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
     if stops.get("teacher", stops["student"]) != stops["student"]:
         say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
-    say(f"the first prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
+    _, prompt_ids = train_prompts.prompts[0]
+    say(f"a prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
 
 
 # -----------------------------------------------------------------------------

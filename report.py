@@ -302,7 +302,9 @@ def compare(cfg):
     """evaluate.py --compare: prints the tables, and writes pass_at_k.png into --out."""
     variants = {}
     for argument in cfg.compare:  # NAME=A,B,C or A,B,C: runs of one variant, each a folder, a file or a glob pattern
-        name, _, paths = argument.rpartition("=")
+        name, equals, paths = argument.partition("=")
+        if not equals or "/" in name:  # a path may have an = of its own
+            name, paths = "", argument
         files = []
         for path in paths.split(","):
             files += sorted(glob.glob(path)) or [path]  # if nothing matches, read_rows names the path in its error

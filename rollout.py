@@ -9,7 +9,6 @@ A rollout is a function of the weights, its prompt and its seed: not of what els
 the trainer's random state. Only rounding differs with the batch, and may decide a near tie otherwise.
 """
 
-import hashlib
 import importlib.util
 import os
 from contextlib import contextmanager
@@ -32,12 +31,6 @@ class Rollout:
     response: list[int]  # with the stop token, if it ended in one
     logprobs: list[float]  # the sampler's, at temperature 1 and before top-p and top-k
     finish: str  # "stop" or "length"; "stopped" if should_stop() ended it
-
-
-def seed_for(*parts) -> int:
-    """63 bits that depend on the parts alone, for example (run seed, step, problem id, sample)."""
-    text = "\x1f".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def sampling_options(cfg) -> dict:

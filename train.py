@@ -13,8 +13,9 @@ Two choices that the paper leaves open:
 2. The sums of Eq. 1 run over the whole minibatch, on all ranks, so the result does not depend on how it was split.
 
 Ranks: every rank holds all rollouts, in the same order, and computes the same split of them into minibatches; it trains on its
-share of each. Weights are sharded, so every forward, backward and optimizer step is a collective, and so are full_weights,
-checkpoint.save and stop.requested: all ranks must reach each of them equally often.
+share of each. Weights are sharded, so these are collectives, which all ranks must reach equally often: every forward and
+backward pass, full_weights, on_all_ranks, sample_on_all_ranks, stop.requested, and the functions of metrics and evaluate.
+Whatever decides whether one of them is reached (skipped, has_evaluation) is equal on all ranks.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
@@ -44,7 +45,7 @@ from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
 from policy import (
     Policy,
-    describe_prompt,
+    describe_prompts,
     full_tensor,
     full_weights,
     load_policy,
@@ -61,17 +62,18 @@ from teacher import load_teacher
 #   tokens [N]           the response tokens y_t
 #   segments [N]         index of the segment that each token is in, for --gate and --block (gating.segment_lengths)
 #   position [N]         relative position in its response, in (0, 1); for plots
-#   logp_sampler [N]     log-probs that the sampler reported
+#   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics only
 #   logp_old [N]         log pi_old(y_t); None until main() or update() sets it, before the first update
-#   teacher              the teacher's targets, set by main(), at cfg.temperature like all log-probs here:
+#   teacher              the teacher's targets, set by main(), at cfg.temperature like logp_old:
 #                          "logq_sampled" [N]: log q(y_t)
 #                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K is 1 for losses that do not use them)
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #                        They stay on the host, because they are reused in every epoch and would fill the GPU.
 #
-# Each function makes one forward pass of the student and returns
+# To add a loss: its name in configs.py (and in TOPK_LOSSES or FULL_VOCABULARY_LOSSES, from which teacher.py knows which
+# targets to make) and its branch here. Each function makes one forward pass of the student and returns
 #   logp [N]             log pi(y_t) under the current student, without gradient
-#   loss [N]             the loss at each token, with gradient
+#   loss [N]             the loss at each token, with gradient; for an empty micro-batch (N = 0) too, so that backward runs
 #   info {name: [N]}     diagnostics, logged as loss/NAME
 # `on_hidden` is called inside the forward pass with the head's weights; policy.py says why.
 
@@ -181,14 +183,12 @@ def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
         d = drift(logp, batch.logp_old)
         per_token.append({**info, "loss": loss.detach(), "g": g, "s": s, "d": d, "position": batch.position})
 
-    # The denominator is known only now: it is a sum over all micro-batches and ranks. To divide each micro-batch by its own
-    # sum would weight a token by the length of its neighbours; to compute the sum first would take a second forward pass.
+    # The denominator is known only now: it is a sum over all micro-batches and ranks. Dividing each micro-batch by its own sum
+    # would give tokens in short micro-batches a larger weight; computing the sum first would take a second forward pass.
     if dist.is_initialized():
         dist.all_reduce(sums)
-    loss_sum, gate_sum = (
-        sums[0],
-        sums[1].clamp(min=1e-30),
-    )  # avoids 0 / 0 if every gate underflows; the gradient is then 0
+    loss_sum = sums[0]
+    gate_sum = sums[1].clamp(min=1e-30)  # avoids 0 / 0 if every gate underflows; the gradient is then 0
     params = [p for p in policy.parameters() if p.grad is not None]
     for p in params:
         p.grad *= world_size() / gate_sum  # FSDP has averaged the gradients over the ranks; Eq. 1 needs their sum
@@ -222,7 +222,7 @@ class Run:
     device: torch.device
     tokenizer: object  # the student's
     train_prompts: data.TrainingPrompts
-    held_out: dict  # {name: problems}
+    held_out: dict  # {name: [(problem, prompt ids)]}
     newline_ids: set  # ids of the tokens that contain a newline, for --gate span
     policy: Policy  # the student
     teacher: object  # a model in this process, or a server
@@ -230,6 +230,7 @@ class Run:
     sampler: object
     logger: metrics.Logger
     stop: checkpoint.StopSignal  # SIGTERM or Ctrl-C; requested() is a collective, requested_here() is local
+    lock: object  # of --out, on rank 0
     start: int  # steps already done in the checkpoint that it resumes from; 0 for a new run
     saved: int | None  # the step of the newest checkpoint
 
@@ -244,18 +245,19 @@ def setup(cfg) -> Run:
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # fails if vLLM was requested but cannot run
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
-    train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer)
-    on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
+    train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocab)
+    on_all_ranks(checkpoint.check_data, resume_from, train_prompts.digest)
+    lock = on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
     start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
     say(json.dumps(asdict(cfg)))
-    _, prompt_ids = train_prompts.of_step(start, cfg.prompts)[0]
-    describe_prompt(prompt_ids, tokenizer, paths)
+    describe_prompts(train_prompts, tokenizer, paths)
 
     teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocab, device, trainable=True)
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
+    on_all_ranks(checkpoint.save_model_files, Path(cfg.out), policy, paths["student"], tokenizer)
     if resume_from:
         checkpoint.restore(resume_from, policy, optimizer)
     stop = checkpoint.StopSignal()
@@ -263,7 +265,7 @@ def setup(cfg) -> Run:
     sampler = on_all_ranks(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, **options)
     newline_ids = data.newline_token_ids(tokenizer, vocab)
     return Run(
-        device, tokenizer, train_prompts, held_out, newline_ids, policy, teacher, optimizer, sampler, logger, stop,
+        device, tokenizer, train_prompts, held_out, newline_ids, policy, teacher, optimizer, sampler, logger, stop, lock,
         start=start, saved=start if resume_from else None,
     )  # fmt: skip
 
@@ -275,13 +277,13 @@ def main(cfg, before_update=None):
 
     def save(step):
         if step != run.saved:
-            on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg)
+            on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg, run.train_prompts.digest)
             run.saved = step
 
     def evaluate_if_due(step):
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
             row = evaluate.evaluate_student(run, cfg)
-            if not run.stop.requested():  # otherwise its responses are cut short, and a resumed run evaluates again
+            if not run.stop.requested():  # a stop cuts responses short: drop the row; a resumed run evaluates again
                 say(f"step {step}: " + "  ".join(f"{name} {x:.3f}" for name, x in row.items()))
                 run.logger.log({"step": step, **row})
 
@@ -291,11 +293,10 @@ def main(cfg, before_update=None):
     bad_updates = 0  # in a row
     bar = tqdm(range(done, cfg.steps), initial=done, total=cfg.steps, disable=rank() > 0, unit="step")
     for step in bar:
-        # ---- Sample. A response depends only on the weights, its prompt and its seed, so a resumed run samples it again.
+        # ---- Sample at cfg.temperature and cfg.top_p. (pi_old is the distribution before top-p.) A response depends only on
+        # the weights, its prompt and its seed, so a resumed run reproduces it.
         clock = metrics.Clock(run.device)
-        jobs = []  # (prompt ids, seed)
-        for problem, prompt_ids in run.train_prompts.of_step(step, cfg.prompts):
-            jobs += [(prompt_ids, rollout.seed_for(cfg.seed, step, problem.id, i)) for i in range(cfg.group)]
+        jobs = run.train_prompts.jobs_of_step(step, cfg.prompts, cfg.group)  # (prompt ids, seed)
         sampler.sync(full_weights(policy))
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
         sampler.sleep()  # leaves the GPU's memory to the teacher and the update
@@ -373,10 +374,12 @@ def finish(run, cfg, done):
         again = command_line(replace(cfg, resume="true", overwrite=False))  # --resume takes true, false or auto
         say(f"stopped by {run.stop.reason} after step {done} of {cfg.steps}, and saved. To resume, run:\n{again}")
     else:
-        on_all_ranks(checkpoint.save_model, Path(cfg.out) / "final", run.policy, run.tokenizer)
+        on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
             plot.draw(cfg.out)
         say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
+    if run.lock:
+        run.lock.close()
     if dist.is_initialized():  # also in a single process, once vLLM has made a group of its own
         dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
         dist.destroy_process_group()

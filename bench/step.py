@@ -29,6 +29,7 @@ def our_trainer(prompts):
     import policy
     import rollout
     import train
+    from common import seed_for
     from configs import TrainConfig, parse
     from teacher import teacher_targets
 
@@ -46,7 +47,7 @@ def our_trainer(prompts):
     def step():
         n = next(steps)
         sampler.sync(policy.full_weights(student))
-        jobs = [(prompt, rollout.seed_for(n, i)) for i, prompt in enumerate(ids)]
+        jobs = [(prompt, seed_for(n, i)) for i, prompt in enumerate(ids)]
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
         (batches,) = data.make_minibatches(rollouts, cfg, n, newlines, device)
         for batch in batches:

@@ -88,22 +88,23 @@ def test_templates(bpe):
 def test_prompts_are_a_function_of_the_seed_and_the_step():
     """Every pass over the problems has each of them once, in an order of its own."""
     problems = data.load("toy", limit=7)
-    prompts = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=3)
+    encoded = [(problem, data.encode(problem, toy.tokenizer())) for problem in problems]
+    prompts = data.TrainingPrompts(encoded, 64, seed=3)
     steps = [prompts.of_step(step, 2) for step in range(10)]
     order = [problem.id for step in steps for problem, _ in step]
     assert sorted(order[:7]) == sorted(order[7:14]) == sorted(p.id for p in problems) and order[:7] != order[7:14]
-    again = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=3)
+    again = data.TrainingPrompts(encoded, 64, seed=3)
     assert again.of_step(6, 2) == steps[6]
-    other = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 64, seed=4)
+    other = data.TrainingPrompts(encoded, 64, seed=4)
     assert [other.of_step(step, 2) for step in range(10)] != steps
 
 
 def test_overlong_prompts_are_left_out_and_counted():
-    problems = [data.Problem(str(i), [{"role": "user", "content": "1" * i}], "1") for i in (3, 30, 5)]
-    prompts = data.TrainingPrompts(problems, toy.tokenizer(), "auto", 10, seed=0)
+    encoded = [(data.Problem(str(n), "1" * n, "1"), [5] * n) for n in (3, 30, 5)]
+    prompts = data.TrainingPrompts(encoded, 10, seed=0)
     assert {problem.id for problem, _ in prompts.of_step(0, 40)} == {"3", "5"} and prompts.n_dropped == 1
     with pytest.raises(ValueError, match="all 3 training prompts are longer than --max_prompt 2"):
-        data.TrainingPrompts(problems, toy.tokenizer(), "auto", 2, seed=0)
+        data.TrainingPrompts(encoded, 2, seed=0)
 
 
 def test_shared_vocab_compares_maps_not_sizes():

@@ -15,6 +15,7 @@ import transformers
 import evaluate
 import report
 import rollout
+from common import seed_for
 from configs import EvalConfig
 from data import Problem
 
@@ -48,6 +49,7 @@ class FakeSampler:
 
 
 PROBLEMS = [Problem(f"p{i}", f"question {i}?", "7") for i in range(10)]
+PROMPTS = [(problem, [1]) for problem in PROBLEMS]
 SAMPLING = dict(max_tokens=8, temperature=1.0, top_p=0.9, top_k=0)
 
 
@@ -56,9 +58,9 @@ SAMPLING = dict(max_tokens=8, temperature=1.0, top_p=0.9, top_k=0)
 
 
 def test_evaluate_counts_what_the_sampler_gave():
-    found, rows = evaluate.evaluate(FakeSampler(), FakeTokenizer(), PROBLEMS, k=2, n=4, batch=12, **SAMPLING)
+    found, rows = evaluate.evaluate(FakeSampler(), FakeTokenizer(), PROMPTS, k=2, n=4, batch=12, **SAMPLING)
     assert list(found) == ["pass@2", "mean@4", "truncated", "length", "no_answer"]
-    seeds = [[rollout.seed_for("eval", 0, p.id, i) for i in range(4)] for p in PROBLEMS]
+    seeds = [[seed_for("eval", 0, p.id, i) for i in range(4)] for p in PROBLEMS]
     assert [row["seed"] for row in rows] == sum(seeds, [])
     right = [[seed % 3 == 0 for seed in of] for of in seeds]
     assert found["mean@4"] == pytest.approx(np.mean(right))
@@ -68,7 +70,7 @@ def test_evaluate_counts_what_the_sampler_gave():
 
 
 def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypatch):
-    named = [("set", problem) for problem in PROBLEMS]
+    named = [("set", *prompt) for prompt in PROMPTS]
     whole = [job for part in evaluate.split_jobs(named, 2, 1000) for job in part]
     assert [job for part in evaluate.split_jobs(named, 2, 3) for job in part] == whole
     assert [len(part) for part in evaluate.split_jobs(named, 2, 7)] == [6, 6, 6, 2]
@@ -94,7 +96,7 @@ def make_config(tmp_path, **settings):
 def without_model(monkeypatch):
     """evaluate.py with a sampler and a tokenizer that need no model; the sampler."""
     sampler = FakeSampler()
-    context = SimpleNamespace(max_position_embeddings=512)
+    context = SimpleNamespace(max_position_embeddings=512, vocab_size=256)
     for auto, found in ((transformers.AutoTokenizer, FakeTokenizer()), (transformers.AutoConfig, context)):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, found=found, **__: found)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)

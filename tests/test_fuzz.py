@@ -130,6 +130,7 @@ def test_fuzz_of_data_files_ends_in_problems_or_one_line(content, suffix):
         path.write_bytes(content)
         try:
             problems = data.load(str(path), seed=0)
-            assert data.TrainingPrompts(problems, toy.tokenizer(), "auto", 1000, 0).of_step(0, 1)
+            encoded = [(problem, data.encode(problem, toy.tokenizer())) for problem in problems]
+            assert data.TrainingPrompts(encoded, 1000, 0).of_step(0, 1)
         except (ValueError, OSError):
             pass

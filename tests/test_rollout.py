@@ -11,8 +11,9 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 import toy
+from common import seed_for
 from policy import stop_ids
-from rollout import HFSampler, Rollout, choose, make_sampler, seed_for
+from rollout import HFSampler, Rollout, choose, make_sampler
 
 V, PAD, STOPS = 32, 0, [1, 2]
 PLAIN = dict(max_tokens=12, temperature=1.0, top_p=1.0, top_k=0)
