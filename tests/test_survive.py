@@ -22,6 +22,7 @@ from helpers import ENV, ROOT, far, finished, flags, launch, metrics, outcome, r
 from safetensors.torch import load_file
 
 import checkpoint
+import data
 import rollout
 import toy
 import train
@@ -107,9 +108,10 @@ def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_pa
     clock = time.time()
     process.join()
     again = log.read_text().splitlines()[-1]
-    assert process.exitcode == 0 and again.startswith("python train.py") and len(metrics(out)) == rows
+    command, argv = again.split("train.py ")
+    assert process.exitcode == 0 and " && python " in command and len(metrics(out)) == rows
     assert time.time() - clock < 2.4  # one response takes that long
-    assert finished(shlex.split(again)[2:] + ["--save_every", "1"]) == 0 and same(out, straight)
+    assert finished(shlex.split(argv) + ["--save_every", "1"]) == 0 and same(out, straight)
 
 
 def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
@@ -127,7 +129,7 @@ def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):
         time.sleep(0.01)
     os.kill(second.pid, signal.SIGTERM)
     assert (first.join() or first.exitcode, second.join() or second.exitcode) == (0, 0)
-    assert log.read_text().splitlines()[-1].startswith("torchrun --nproc_per_node 2 train.py")
+    assert " && torchrun --nproc_per_node 2 " in log.read_text().splitlines()[-1]
 
 
 def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path):
@@ -229,7 +231,7 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
     before = load_file(Path(pair[1]) / "model.safetensors")
     rows, weights = run(pair, tmp_path / "b", max_response=1)
     assert far(weights, before) > 0 and all(row["rollout/truncated"] == 1 for row in rows)
-    monkeypatch.setattr(rollout, "seed_for", lambda *_: 1)
+    monkeypatch.setattr(data, "seed_for", lambda *_: 1)
     rows, weights = run(pair, tmp_path / "c")
     assert rows[0]["rollout/distinct"] == 0.5 and far(weights, before) > 0
     empty = [rollout.Rollout([1, 5], [], [], "stop")] * 6

@@ -270,7 +270,10 @@ def test_the_command_that_goes_on_names_its_ranks(monkeypatch, local, world, lau
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setenv("WORLD_SIZE", str(world))
     cfg = parse(TrainConfig, ["--preset", "tiny", "--out", "a b", "--lr", "3e-4"])
-    assert command_line(cfg) == f"{launcher} train.py --preset tiny --lr 0.0003 --out 'a b'"
+    monkeypatch.chdir(ROOT)
+    assert command_line(cfg) == f"cd {ROOT} && {launcher} train.py --preset tiny --lr 0.0003 --out 'a b'"
+    monkeypatch.chdir(ROOT.parent)
+    assert command_line(cfg).startswith(f"cd {ROOT.parent} && {launcher} {ROOT.name}/train.py ")
 
 
 @pytest.mark.parametrize(
