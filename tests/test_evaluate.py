@@ -118,6 +118,7 @@ def test_the_command_keeps_every_completion_and_its_settings(tmp_path, fake, cap
     assert results["identity"]["problems of set"] and len(results["metrics"]["set"]["curve"]) == 4
     assert (tmp_path / "out" / "pass_at_k.png").stat().st_size > 10_000
     assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        ".lock",
         "identity.json",
         "samples.jsonl",
         "results.json",
