@@ -118,12 +118,13 @@ def _finite(x: Tensor) -> Tensor:
 # the head: logits at chosen ids, and the logsumexp of all
 
 
-def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, lse=True, chunk=None):
+def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, merged=None, lse=True, chunk=None):
     """(z [N, K], lse [N]): logits / temperature at ids, and the logsumexp of all logits / temperature, both with gradient.
 
     hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
-    ids [N, K]; bias [V'] or None. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in the
-    largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
+    ids [N, K]; bias [V'] or None. merged: a list of ids that count as one outcome, whose probability is the sum of theirs:
+    each of them has the outcome's z. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
+    the largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
 
     FLOPs                                              forward       backward
         z alone (lse=False)                            2 N H K       4 N H K
@@ -133,7 +134,13 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
     """
     vocab = vocab or weight.shape[0]
     chunk = chunk or _default_chunk(hidden)
-    return _HeadLogits.apply(hidden, weight, bias, ids, temperature, vocab, lse, chunk)
+    if not merged:
+        return _HeadLogits.apply(hidden, weight, bias, ids, temperature, vocab, lse, chunk)
+    K, merged = ids.shape[1], torch.tensor(merged, device=ids.device)
+    all_ids = torch.cat([ids, merged.expand(len(ids), -1)], 1)  # [N, K + M]
+    z, lse = _HeadLogits.apply(hidden, weight, bias, all_ids, temperature, vocab, lse, chunk)
+    outcome = z[:, K:].logsumexp(1, keepdim=True)  # [N, 1]: log of the sum of exp(z) over the merged ids
+    return torch.where(torch.isin(ids, merged), outcome, z[:, :K]), lse
 
 
 class _HeadLogits(torch.autograd.Function):
@@ -178,10 +185,12 @@ class _HeadLogits(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_topk(hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1.0, vocab=None, chunk=None):
+def head_topk(
+    hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1.0, vocab=None, merged=None, chunk=None
+):
     """A teacher's targets: (ids [N, k], logq [N, k]) of the k most likely tokens; also_ids [N, J] adds their logq [N, J].
 
-    Arguments as in head_logits. A few positions at a time, over the whole vocabulary: memory beyond the result is one
+    Arguments as in head_logits; a merged outcome has the first of its ids, in also_ids too. A few positions at a time, over the whole vocabulary: memory beyond the result is one
     chunk, regardless of N.
     """
     vocab = vocab or weight.shape[0]
@@ -191,6 +200,7 @@ def head_topk(hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1
     for start in range(0, max(1, len(hidden)), rows):  # once even if N = 0
         h = hidden[start : start + rows]
         logits = _logits_(buffer[: len(h)], h, weight, bias, slice(0, vocab), temperature)  # [rows, V]
+        _merge_(logits, merged)
         top = logits.topk(k)
         z = logits[:, :0]  # [rows, 0]
         if also_ids is not None:
@@ -219,6 +229,7 @@ def head_kl(
     beta: float = 1.0,
     temperature: float = 1.0,
     vocab: int | None = None,  # tokens that the two share; by default the smaller head's rows
+    merged: list[int] | None = None,  # ids that count as one outcome, for both
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(divergence [N] with gradient, the student's logsumexp [N] without), over the whole vocabulary.
@@ -230,14 +241,14 @@ def head_kl(
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is {beta}; it must lie in [0, 1]")
     vocab = vocab or min(len(weight), len(weight_t))
-    return _HeadKL.apply(hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk)
+    return _HeadKL.apply(hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, merged, chunk)
 
 
 class _HeadKL(torch.autograd.Function):
     """Forward takes whole rows, because m needs both softmaxes complete; backward takes chunks of the vocabulary."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, chunk):
+    def forward(ctx, hidden, weight, bias, hidden_t, weight_t, bias_t, beta, temperature, vocab, merged, chunk):
         N = len(hidden)
         # `rows` positions share a matmul: two buffers [rows, V], plus temporaries of the same size. On a CPU the divergence is
         # then computed on as many rows at a time as the cache holds.
@@ -251,6 +262,8 @@ class _HeadKL(torch.autograd.Function):
             n = part.stop - start
             logits = _logits_(buffers[0, :n], hidden[part], weight, bias, v, temperature)
             logits_t = _logits_(buffers[1, :n], hidden_t[part], weight_t, bias_t, v, temperature)
+            _merge_(logits, merged)
+            _merge_(logits_t, merged)
             for i in range(0, n, cached_rows):
                 logp, logq = logits[i : i + cached_rows], logits_t[i : i + cached_rows]
                 r = slice(start + i, start + i + len(logp))
@@ -258,32 +271,34 @@ class _HeadKL(torch.autograd.Function):
                 lse_t[r] = _log_softmax_and_lse_(logq)
                 loss[r], kl_p[r] = _divergence(logp, logq, beta)
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p)
-        chunk = (
-            chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
-        )  # backward holds four of them
-        ctx.options = beta, temperature, vocab, chunk
+        # backward holds four chunks at once
+        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
+        ctx.options = beta, temperature, vocab, merged or [], chunk
         ctx.mark_non_differentiable(lse)
         return loss, lse
 
     @staticmethod
     def backward(ctx, grad, _):
         hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p = ctx.saved_tensors
-        beta, temperature, vocab, chunk = ctx.options
+        beta, temperature, vocab, merged, chunk = ctx.options
         grads = _zero_grads(hidden, weight, bias)
+        if merged:  # the gradient of the outcome's logit [N, 1], and each id's share of it [N, M]
+            merged_ids = torch.tensor(merged, device=hidden.device).expand(len(hidden), -1)
+            z = _logits_at(merged_ids, hidden, weight, bias, temperature, chunk)
+            z_t = _logits_at(merged_ids, hidden_t, weight_t, bias_t, temperature, chunk)
+            logp, logq = z.logsumexp(1, keepdim=True) - lse[:, None], z_t.logsumexp(1, keepdim=True) - lse_t[:, None]
+            d_merged = _d_divergence_(logp, logq, kl_p, grad, beta) * z.softmax(1)
         student = _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk)
         teacher = _vocabulary_chunks(hidden_t, weight_t, bias_t, temperature, vocab, chunk)
         for (v, logits), (_, logits_t) in zip(student, teacher, strict=True):
             logp = logits.sub_(lse[:, None])  # [N, chunk of V], in place
             logq = logits_t.sub_(lse_t[:, None])
-            if beta == 0:  # d KL(q || p) / d logits = p - q
-                d_logits = logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
-            else:
-                # d KL(p || m) / d logits = p (log p - log m - KL(p || m)) for a fixed m. In JSD m depends on p, but d JSD / d m_v
-                # = -(beta q_v + (1 - beta) p_v) / m_v = -1 for every token v, and sum_v dm_v = 0: that term vanishes.
-                scaled_p = logp.exp().mul_(grad[:, None] * (1 if beta == 1 else 1 - beta))
-                d_logits = logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(scaled_p)
+            d_logits = _d_divergence_(logp, logq, kl_p, grad, beta)
+            for j, id in enumerate(merged):
+                if v.start <= id < v.stop:
+                    d_logits[:, id - v.start] = d_merged[:, j]
             _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
-        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 7
+        return grads[0].to(hidden.dtype), *grads[1:], *[None] * 8
 
 
 def _divergence(logp, logq, beta):
@@ -296,6 +311,16 @@ def _divergence(logp, logq, beta):
         return kl_p, kl_p
     kl_q = torch.linalg.vecdot(logq.exp(), logq - logm)
     return beta * kl_q + (1 - beta) * kl_p, kl_p
+
+
+def _d_divergence_(logp, logq, kl_p, grad, beta):
+    """grad [N] times d divergence / d logits [N, W], for columns of the vocabulary; overwrites logp and logq."""
+    if beta == 0:  # d KL(q || p) / d logits = p - q
+        return logp.exp_().sub_(logq.exp_()).mul_(grad[:, None])
+    # d KL(p || m) / d logits = p (log p - log m - KL(p || m)) for a fixed m. In JSD m depends on p, but d JSD / d m_v
+    # = -(beta q_v + (1 - beta) p_v) / m_v = -1 for every token v, and sum_v dm_v = 0: that term vanishes.
+    scaled_p = logp.exp().mul_(grad[:, None] * (1 if beta == 1 else 1 - beta))
+    return logp.sub_(_log_mixture(logp, logq, beta)).sub_(kl_p[:, None]).mul_(scaled_p)
 
 
 def _log_mixture(logp, logq, beta):
@@ -340,6 +365,14 @@ def _logits_(out, hidden, weight, bias, v, temperature):
     if bias is not None:
         out += bias[v]
     return out if temperature == 1 else out.div_(temperature)
+
+
+def _merge_(logits, merged):
+    """Counts the ids `merged` as one outcome of logits [N, V]: the first of them gets its logit, the others vanish."""
+    if merged:
+        outcome = logits[:, merged].logsumexp(1, keepdim=True)
+        logits[:, merged[:1]] = outcome
+        logits[:, merged[1:]] = outcome - 80  # e^-80 of its probability; -inf would give NaN in a KL
 
 
 def _log_softmax_and_lse_(x):

@@ -286,3 +286,73 @@ def test_extreme_log_probs_stay_finite():
     assert loss.isfinite().all() and grad.isfinite().all()
     tail = tail_loss(torch.tensor([0.0, -inf]), torch.tensor([-inf, 0.0]))
     assert tail.isfinite()
+
+
+# -----------------------------------------------------------------------------
+# merged ids: one outcome, whose probability is the sum of theirs
+
+MERGED = [7, 2, 150]
+
+
+def merged_logits(logits):
+    """[N, V - 2]: the outcome's logit first, then all other tokens'. In plain torch."""
+    others = [i for i in range(logits.shape[1]) if i not in MERGED]
+    return torch.cat([logits[:, MERGED].logsumexp(1, keepdim=True), logits[:, others]], 1), {
+        **{id: 0 for id in MERGED},
+        **{id: column + 1 for column, id in enumerate(others)},
+    }
+
+
+@pytest.mark.parametrize("chunk", [64, 10**6])
+def test_merged_ids_have_the_log_prob_of_their_sum(chunk):
+    *leaves, ids = make(K=9, spread=1.0)
+    ids[:, 0], ids[:, 1], ids[:, 2] = 2, 150, 7
+    exact, logits = naive(leaves)
+    merged, column = merged_logits(logits / 0.7)
+    columns = torch.tensor([[column[i] for i in row] for row in ids.tolist()])
+    up = torch.randn(N, 9, generator=torch.Generator().manual_seed(1))
+    z, lse = head_logits(*leaves[:2], ids, leaves[2], temperature=0.7, merged=MERGED, chunk=chunk)
+    logp = z - lse[:, None]
+    expected = merged.log_softmax(1).gather(1, columns)
+    torch.testing.assert_close(logp.double(), expected, rtol=1e-6, atol=2e-6)
+    (logp * up).sum().backward()
+    (expected * up).sum().backward()
+    assert error(leaves, exact) < 1e-6
+
+
+def test_the_top_k_counts_merged_ids_once():
+    hidden, weight, bias, ids = make(spread=1.0)
+    bias = bias.detach().index_fill(0, torch.tensor(MERGED), 3.0)  # likely, all three
+    ids[:, :3] = torch.tensor(MERGED)
+    merged, column = merged_logits((hidden @ weight.T + bias).detach())
+    expected = merged.log_softmax(1)
+    top, logq, at_ids = head_topk(hidden, weight, 12, bias, also_ids=ids, merged=MERGED)
+    torch.testing.assert_close(logq, expected.topk(12).values)
+    assert (top == MERGED[0]).any(1).all() and not torch.isin(top, torch.tensor(MERGED[1:])).any()
+    torch.testing.assert_close(at_ids[:, 0], expected[:, 0])
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("chunk", [4 * V * 5, 10**6])
+def test_full_vocabulary_divergences_count_merged_ids_once(beta, chunk):
+    *leaves, _ = make(spread=1.0)
+    g = torch.Generator().manual_seed(5)
+    hidden_t, weight_t, gates = torch.randn(N, 11, generator=g), 0.3 * torch.randn(V, 11, generator=g), torch.rand(N)
+    kl, lse = head_kl(
+        *leaves[:2], hidden_t, weight_t, leaves[2], beta=beta, temperature=0.7, merged=MERGED, chunk=chunk
+    )
+    exact, logits = naive(leaves)
+    logp = merged_logits(logits / 0.7)[0].log_softmax(1)
+    logq = merged_logits(hidden_t.double() @ weight_t.double().T / 0.7)[0].log_softmax(1)
+    p, q = logp.exp(), logq.exp()
+    logm = (beta * q + (1 - beta) * p).log()
+    kl_p, kl_q = (
+        (p * (logp - (logq if beta == 1 else logm))).sum(1),
+        (q * (logq - (logp if beta == 0 else logm))).sum(1),
+    )
+    expected = {0.0: kl_q, 1.0: kl_p}.get(beta, beta * kl_q + (1 - beta) * kl_p)
+    torch.testing.assert_close(kl.double(), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), (logits / 0.7).logsumexp(1), rtol=1e-6, atol=1e-6)
+    (kl * gates).sum().backward()
+    (expected * gates).sum().backward()
+    assert error(leaves, exact) < 1e-6
