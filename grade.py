@@ -41,10 +41,12 @@ FORMULA_OR_NUMBER = re.compile(rf"{FORMULA}|{NUMBER}")
 def extract(text: str, finished: bool = True) -> str | None:
     """The answer in a response, or None.
 
-    The last non-empty \\boxed{} counts. Without one it is what follows the last "answer is" or "answer:", or else the
-    last formula or number on the last line. A response that its token limit cut off (finished is False) needs a box:
-    the last number that it happened to write is no answer.
+    Only what follows the last </think> counts, and nothing in a <think> that is still open. The answer is the last
+    non-empty \\boxed{}; else what follows the last "answer is" or "answer:"; else the last formula or number on the
+    last line. A response that was cut off (finished is False) needs a box: the last number that it happened to write
+    is no answer.
     """
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
     box = last_box(text)
     if box is not None:
         return box

@@ -125,6 +125,20 @@ def test_without_a_box_the_stated_answer_counts_only_if_the_response_ended():
     assert extract("") is None
 
 
+def test_only_what_follows_the_reasoning_is_graded(grader):
+    right = [
+        (r"<think>\boxed{5}</think>\boxed{7}", "7", True), (r"maybe \boxed{5}</think>The answer is 7.", "7", True),
+        ("<think>5</think> or <think>6</think>The answer is 7.", "7", True), (r"<think></think>\boxed{7}", "7", False),
+        (r"\boxed{7} <think>or \boxed{8}", "7", True),
+    ]  # fmt: skip
+    wrong = [
+        (r"<think>\boxed{5}</think>The answer is 7.", "5", True), (r"<think>\boxed{5}</think>", "5", True),
+        (r"<think>maybe \boxed{5}", "5", False), ("<think>The answer is 5.", "5", True),
+        (r"\boxed{5}</think>I cannot tell.", "5", True),
+    ]  # fmt: skip
+    assert [v[1] for v in grader.grade(right + wrong)] == [True] * len(right) + [False] * len(wrong)
+
+
 HOSTILE = {
     "tower": "10^{10^{10}}", "power": "(1+x+y+z)^{200}",
     "long": "1" * 100_000, "long sum": "1+" * 50_000 + "1", "deep": "{" * 450 + "1" + "}" * 450, "deeper": "(" * 50_000 + ")" * 50_000,
