@@ -1,4 +1,4 @@
-"""Grades responses: takes the final answer out of a response and compares it with the gold answer by math-verify.
+r"""Grades responses: takes the final answer out of a response and compares it with the gold answer by math-verify.
 
     with Grader() as grader:
         verdicts = grader.grade([(text, gold, finished), ...])  # [(answer or None, correct, reason), ...]
@@ -7,9 +7,14 @@ math-verify builds SymPy expressions out of whatever a model wrote, so an answer
 tree a thousand levels deep, or all the memory there is. Worker processes therefore compare the answers, under limits of
 CPU time and memory that the kernel enforces. One that dies is replaced, and its answer counts as wrong. CPU time, not
 wall time: a busy machine must not change a verdict. Nothing in an answer is evaluated as Python.
+
+The verdict is math-verify's, with these exceptions. Right, because everyone reads them as equal:
+    x \ge 2 for [2,\infty)          only a gold inequality is a set for math-verify. x<1 or x>3 is a union
+    a column vector for a tuple     math-verify takes it for a matrix
+    (B) 12 for (B), and for 12      multiple choice: the gold answer says whether the letter or the value counts
+    90°, ½, ５, 3 1/2, 1e3, €18, 18 dollars, "The answer is 42", and the rest of REWRITES: math-verify cannot read them
 """
 
-import functools
 import json
 import os
 import queue
@@ -20,12 +25,13 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 
 LONGEST = 1000  # characters; a longer answer is not compared. MATH-500's longest gold answer has 53
 TAIL = 2000  # characters at the end of a response that are searched for an answer without a box
 MEMORY = 2 << 30  # bytes of address space per worker
-UNGRADABLE = ("no answer", "too long", "unparsable", "time limit", "crash")  # reasons that say nothing about the maths
+UNGRADABLE = ("no answer", "too long", "unparsable", "time limit", "crash")  # say nothing about the maths
 
 # -----------------------------------------------------------------------------
 # from a response to its answer
@@ -77,71 +83,100 @@ def last_box(text: str) -> str | None:
 # -----------------------------------------------------------------------------
 # from an answer to what math-verify reads
 
-WRAPPER = re.compile(
-    r"\s*(?:\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\))\s*", re.DOTALL
+WRAPPER = r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\*\*(.*)\*\*"
+CHARACTERS = str.maketrans({"−": "-", "–": "-", "·": r"\cdot ", "⋅": r"\cdot ", "√": r"\sqrt ", "∞": r"\infty ",
+    "∪": r"\cup ", "∈": r"\in ", "≈": r"\approx ", "°": r"^\circ ", "⁄": "/", "~": " "})  # fmt: skip
+# A word after a number, but none that makes it another number: 5 million, 3 more than x.
+NOUN = (
+    r"(?!(?:and|or|plus|minus|times|over|mod(?:ulo)?|base|pi|sqrt|(?:sin|cos|tan|cot|sec|csc)h?|log|ln|percent(?:age)?"
+    r"|if|hundred|thousand|[mbtr]+illion|dozen|factorial|squared|cubed|hal(?:f|ves)|third|quarter|root|more|less|than)"
+    r"s?\b)[A-Za-z]{2,}"
 )
-# The letter in \textbf{(C)}\ 70, as in the AMC's multiple choice.
-CHOICE = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{\s*\([A-E]\)[\s~\\]*\}[\s~\\,;!]*(?=\S)")
-THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:(?:,\\!|\{,\}|\\[,;: ]|~| )\d{3})+")
-STYLE = re.compile(r"^(?:\\bf|\\displaystyle|\*\*)\s*|\*\*$")
-ENDING = re.compile(r"(?:[\s.,;:~]|\\[,;:!\s]|\\$|\\q?quad)+$")
-INTEGER = re.compile(r"([-+]?)0*(\d+)(?:\.0*)?", re.ASCII)
+UNIT = rf"(?:(?=\s+\w{{3}}|\s*/\s*\w{{3}})[\s/]*{NOUN}|\s*(?:[ckm]m|km/h|[km]g|m[lL]|ft|in|yd|lb|oz|m/s))(?![A-Za-z])"
+MORE_UNITS = rf"(?:\^\{{?\d\}}?|[\s/-]+(?:a|{NOUN})(?![A-Za-z]))*"
+# Applied in this order: (pattern, replacement, example, what becomes of it).
+REWRITES = [
+    (r"^(?:\\bf|\\displaystyle)\b|(?:[\s.,;:]|\\[,;:!\s]|\\$|\\q?quad)+$", "", r"\bf 70.\ ", "70"),
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "√(2)", r"\sqrt{2}"),
+    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "2pi/3", r"2\pi /3"),
+    (r"\\varnothing|\\\{\s+\\\}", r"\\emptyset", r"\varnothing", r"\emptyset"),
+    (r"\\left(?=\W)|\\right(?=\W)", "", r"\left(1, 2\right]", "(1, 2]"),
+    (r"\\langle(.*)\\rangle", r"(\1)", r"\langle 1, 2\rangle", "( 1, 2)"),
+    (r"^(?:[A-Za-z]|\\[a-z]+)\s*\\in\b", "", r"x \in [0,1]", "[0,1]"),
+    (r"^(?:\\text\w*\s*\{\s*)?\(?([A-J])\)?\s*\}?$", r"\1", r"\text{(C)}", "C"),
+    # prose before the answer
+    (r"^\\text\s*\{[^{}]*(?:\b(?:is|are|about|approximately|answer)|[:=,])\s*\}", "", r"\text{Answer: } 42", "42"),
+    (r"^[^{}\\\d]*(?:\b(?:is|are|equals|about|approximately|roughly)\b|answer:):?\s+", "", "The answer is 42", "42"),
+    (r"^(?:\\approx|\\sim|=)", "", r"\approx 10", "10"),
+    # what a number counts
+    (r"^(?:USD|EUR|GBP|Rs\.?)\s*(?=\d)|(?:\bUS)?\\?[$€£¥₹]|\\text\s*\{\s*[€£¥₹]\s*\}", "", "€18", "18"),
+    (r"(?<=\d)\s*\^?\s*\{?\\(?:circ|degree)\s*\}?\s*[CF]?$", r"^\\circ", r"20^\circ C", r"20^\circ"),
+    (rf"(?:(?<=[\d}}])|(?<=\\pi)){UNIT}{MORE_UNITS}$", "", "18 dollars a day", "18"),
+    # ways to write a number
+    (r"^([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)$", r"\1\\times 10^{\2}", "1e3", r"1\times 10^{3}"),
+    (r"(?:^|(?<==)|(?<== ))([-+]?\d+)(?:\s|\\[ ,;])+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "3 1/2", r"3\frac{1}{2}"),
+    (r"(?<=\d)(?:,\\!|\{,\}|\\[,;: ]| )\s*(?=\d{3}(?!\d))", "", r"1\,024", "1024"),
+    (r"^([^()\[\]]*)\)$", r"\1", "5)", "5"),
+    (r"^(?:\+|-(?=[0.]+$))?(-?)0*([0-9]+)(?:\.0*)?$", r"\1\2", "070.0", "70"),
+]  # fmt: skip
+CHOICE = r"(?:\\\w+\{)?\s*\(?([A-J])[).:]\s*(?:\\?\s*\})?(?:[\s,;:.]|\\[ ,;:!])*(?![\s,;:.]|(?:and|or|\(?[A-J])\b|$)"
 
 
 def clean(answer: str) -> str:
-    """The answer without its typography: math-verify cannot read `70.`, `\\mathbf{070}` or `1\\,024`."""
-    answer = CHOICE.sub("", answer.strip(), count=1)
-    while has_digit(answer):  # words keep their wrapper: math-verify reads \text{Evelyn} as one symbol
-        wrapped = WRAPPER.fullmatch(answer)
-        if wrapped is None:
+    """The answer without its typography: math-verify cannot read `70.`, `\\mathbf{070}`, `1\\,024` or `90°`."""
+    answer = re.sub("[⁺⁻⁰¹²³⁴-⁹]+", r"^{\g<0>}", answer)
+    answer = re.sub("[₀-₉]+", r"_{\g<0>}", answer)
+    answer = re.sub("[¼-¾⅐-⅞]", r" \g<0>", answer)  # 3½ is 3 1/2
+    answer = unicodedata.normalize("NFKC", answer).translate(CHARACTERS).strip()
+    while re.search(r"\d", answer):  # words keep their wrapper: math-verify reads \text{Evelyn} as one symbol
+        wrapped = re.fullmatch(WRAPPER, answer, re.DOTALL)
+        if wrapped is None or not is_balanced(wrapped[wrapped.lastindex]):  # \text{1}+\text{2} is not one wrapper
             break
-        content = next(group for group in wrapped.groups() if group is not None)
-        if not is_balanced(content):  # \text{1}+\text{2} is not one wrapper
-            break
-        answer = content
-    answer = ENDING.sub("", STYLE.sub("", answer.strip()))
-    if THOUSANDS.fullmatch(answer):
-        return re.sub(r"[^\d+-]", "", answer)
+        answer = wrapped[wrapped.lastindex].strip()
+    for pattern, replacement, _, _ in REWRITES:
+        answer = re.sub(pattern, replacement, answer).strip()
     return answer
 
 
-def has_digit(text):
-    return re.search(r"\d", text) is not None
+def clean_pair(answer: str, gold: str) -> tuple[str, str]:
+    """Both clean and alike: the letter or the value of a choice, as the gold answer is; points as vectors if one is."""
+    answer, gold = clean(answer), clean(gold)
+    choice = re.match(CHOICE, answer)
+    if choice and re.fullmatch("[A-J]", gold):
+        answer = choice.group(1)
+    elif choice and is_balanced(answer[choice.end() :]):
+        answer = clean(answer[choice.end() :])
+    if "\\begin{" in answer + gold:
+        answer, gold = as_vector(answer), as_vector(gold)
+    return answer, gold
+
+
+def as_vector(text):
+    point = re.fullmatch(r"\((.*)\)", text)
+    return r"\begin{pmatrix}" + point.group(1).replace(",", r"\\") + r"\end{pmatrix}" if point else text
 
 
 def is_balanced(text):
-    """Whether every brace in it is closed, and no dollar sign is left."""
-    depth = 0
-    for match in BRACE.finditer(text):
-        if match.group() == "{" or match.group(1):
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
-        if depth < 0:
-            return False
-    return depth == 0 and "$" not in text
+    """Whether every bracket in it has its partner, and no dollar sign is left."""
+    braces = re.sub(r"\\[{}]|[^{}]", "", text)
+    while "{}" in braces:
+        braces = braces.replace("{}", "")
+    is_paired = len(re.findall(r"[(\[]", text)) == len(re.findall(r"[)\]]", text))  # (0, 1] too
+    return not braces and is_paired and not re.search(r"(?<!\\)\$", text)
 
 
-def verdict_at_sight(answer: str, gold: str) -> tuple[bool, str] | None:
-    """(correct, reason) if no algebra is needed: an answer that is too long, two equal texts, or two integers."""
+def verdict_at_sight(answer: str | None, gold: str) -> tuple[bool, str] | None:
+    """(correct, reason) if no algebra is needed, else None."""
+    if answer is None:
+        return False, "no answer"
     if len(answer) > LONGEST:
         return (True, "equal") if answer == gold else (False, "too long")
-    answer, gold = clean(answer), clean(gold)
+    answer, gold = clean_pair(answer, gold)
     if answer == gold:
         return True, "equal"
-    values = integer_value(answer), integer_value(gold)
-    if None in values:
-        return None
-    return (True, "equal") if values[0] == values[1] else (False, "different")
-
-
-def integer_value(text):
-    """(is negative, digits without leading zeros) of an integer, else None. No int(): Python refuses 4,301 digits."""
-    match = INTEGER.fullmatch(text)
-    if match is None:
-        return None
-    sign, digits = match.groups()
-    return sign == "-" and digits != "0", digits
+    if re.fullmatch("-?[0-9]+", answer) and re.fullmatch("-?[0-9]+", gold):
+        return False, "different"
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -149,37 +184,40 @@ def integer_value(text):
 
 
 def serve(seconds: int):
-    """A worker: reads [answer, gold] lines, writes [correct, reason] lines.
-
-    An answer that takes more than `seconds` of CPU time, rounded up by at most one second, ends the process.
-    """
+    """A worker: [answer, gold] lines in, [correct, reason] lines out. Over `seconds` of CPU time for one, it dies."""
     replies = os.fdopen(os.dup(1), "w")
     for stream in (1, 2):  # math-verify and ANTLR print complaints
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify import LatexExtractionConfig, parse
 
     latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # SymPy would eval a plain-text expression
-
-    def parse_latex(answer):
-        return parse(f"\\boxed{{{clean(answer)}}}", latex_only, parsing_timeout=None)
-
-    parse_gold = functools.lru_cache(maxsize=4096)(parse_latex)  # a problem has many answers
 
     for line in sys.stdin:
         cpu_limit = int(time.process_time()) + seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
-        answer, gold = json.loads(line)
-        parsed_gold = parse_gold(gold)
-        parsed_answer = parse_latex(answer)
-        is_parsable = any(not isinstance(reading, str) for reading in parsed_answer)
-        if verify(parsed_gold, parsed_answer, timeout_seconds=None):
-            verdict = (True, "equal")
-        else:
-            verdict = (False, "different" if is_parsable else "unparsable")
-        replies.write(json.dumps(verdict) + "\n")
+        texts = clean_pair(*json.loads(line))
+        answer, gold = [parse(f"\\boxed{{{text}}}", latex_only, parsing_timeout=None) for text in texts]
+        is_parsable = any(not isinstance(reading, str) for reading in answer)
+        reason = "equal" if is_equal(gold, answer) else "different" if is_parsable else "unparsable"
+        replies.write(json.dumps([reason == "equal", reason]) + "\n")
         replies.flush()
+
+
+def is_equal(gold, answer) -> bool:
+    """math-verify's verdict on what it parsed, [expression, text] or less, with this file's exceptions."""
+    from math_verify import verify
+    from sympy import FiniteSet, Rel, Union
+
+    if len(gold) < 2 or len(answer) < 2:  # no expression
+        return verify(gold, answer, timeout_seconds=None)
+    # x >= 2 may stand for a set, but not x^2 >= 4: that may be the question.
+    sides = [side for relation in answer[0].atoms(Rel) for side in relation.args]
+    is_solved = bool(sides) and all(side.is_Symbol or not side.free_symbols for side in sides)
+    if is_solved and isinstance(gold[0], Union) and isinstance(answer[0], FiniteSet):  # x < 1 or x > 3
+        answer = [Union(*(relation.as_set() for relation in answer[0].args))]
+    return verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=is_solved)
 
 
 class Grader:
@@ -208,27 +246,24 @@ class Grader:
     def grade(self, responses) -> list[tuple[str | None, bool, str]]:
         """[(answer or None, correct, reason)] for [(text, gold, finished)]. Reasons: equal, different, UNGRADABLE."""
         pairs = [(extract(text, finished), gold) for text, gold, finished in responses]
-        hard = []  # pairs that need a worker
-        for pair in dict.fromkeys(pairs):
-            if pair[0] is None:
-                self.verdicts[pair] = (False, "no answer")
-            elif pair not in self.verdicts:
-                verdict = verdict_at_sight(*pair)
-                if verdict is None:
-                    hard.append(pair)
-                else:
-                    self.verdicts[pair] = verdict
+        verdicts = {pair: verdict_at_sight(*pair) for pair in pairs if pair not in self.verdicts}
+        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
         with ThreadPoolExecutor(self.workers) as threads:
-            self.verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
+            verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
+        self.verdicts.update(verdicts)
         return [(answer, *self.verdicts[answer, gold]) for answer, gold in pairs]
 
     def _ask(self, pair):
         """A worker's verdict on (answer, gold)."""
-        worker = self.idle.get() or self._start_worker()
+        worker = self.idle.get()
+        if worker is None:
+            command = [sys.executable, __file__, str(self.seconds)]
+            # a session of its own, out of reach of a Ctrl-C that the caller may survive
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+            self.started.append(worker)
         worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
         worker.stdin.flush()
-        # Only a process that waits for something other than the CPU gets as far as this timeout.
-        ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)
+        ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)  # it may hang and use no CPU
         reply = worker.stdout.readline() if ready else b""
         if reply.endswith(b"\n"):
             self.idle.put(worker)
@@ -239,16 +274,6 @@ class Grader:
         self.idle.put(None)
         is_slow = not ready or worker.returncode == -signal.SIGXCPU
         return False, "time limit" if is_slow else "crash"
-
-    def _start_worker(self):
-        worker = subprocess.Popen(
-            [sys.executable, __file__, str(self.seconds)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,  # out of reach of a Ctrl-C that the caller may survive
-        )
-        self.started.append(worker)
-        return worker
 
 
 if __name__ == "__main__":

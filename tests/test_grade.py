@@ -8,7 +8,7 @@ import time
 import pytest
 from helpers import SHARED
 
-from grade import LONGEST, UNGRADABLE, Grader, clean, extract
+from grade import LONGEST, REWRITES, UNGRADABLE, Grader, clean, extract
 
 DATA = SHARED / "data"
 
@@ -137,6 +137,53 @@ def test_only_what_follows_the_reasoning_is_graded(grader):
         (r"\boxed{5}</think>I cannot tell.", "5", True),
     ]  # fmt: skip
     assert [v[1] for v in grader.grade(right + wrong)] == [True] * len(right) + [False] * len(wrong)
+
+
+# (answer in a box, gold answer)
+EQUAL = [
+    ("90°", "90"), ("90 °C", "90"), (r"90\degree", "90"), ("5cm", "5"), ("5 cm^2", "5"), (r"12\pi cm²", r"12\pi"),
+    ("60 miles per hour", "60"), (r"5~\mathrm{cm}^2", "5"), ("€18", "18"), ("US$18", "18"), ("18 dollars", "18"),
+    (r"\text{18 dollars}", "18"), (r"\frac{1}{2} cup", "1/2"), ("1 000.5", "1000.5"), ("3 1/2", "7/2"),
+    ("-3 1/2", "-7/2"), ("x = 3 1/2", "3.5"), ("3½", "7/2"), ("½", "0.5"), (r"\frac 3 4", "0.75"), ("1e3", "1000"),
+    ("1000", "1e3"), ("1.5e-3", "0.0015"), ("５", "5"), ("（１，２）", "(1,2)"), ("−5", "-5"), ("–5", "-5"),
+    (r"x \ge 2", r"[2,\infty)"), ("2≤x", "[2,∞)"), (r"[2,\infty)", r"x \ge 2"), ("0<x<12.5", "(0,12.5)"),
+    (r"-2 \le x \le 7", r"x \in [-2,7]"), (r"x \ne 5", r"(-\infty,5)\cup(5,\infty)"),
+    (r"x<2 \text{ or } x>3", r"(-\infty,2)\cup(3,\infty)"), (r"\approx 10", "10"), (r"\text{Thus, } 42", "42"),
+    (r"\text{The answer is } 42", "42"), (r"\text{The answer is 42}", "42"), ("The answer is $42$", "42"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"), (r"\left(\begin{array}{c}1\\2\end{array}\right)", "(1,2)"),
+    ("(1,-16,-4)", r"\begin{pmatrix} 1 \\ -16 \\ -4 \end{pmatrix}"), (r"\langle 1,2\rangle", r"\left(1,2\right)"),
+    (r"x=\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix}1\\2\end{bmatrix}"), ("√(12)", r"2\sqrt3"),
+    (r"\sqrt(12)", r"2\sqrt3"), ("x²", "x^2"), ("10⁻³", "0.001"), ("2·3", "6"), ("2pi/3", r"\frac{2\pi}{3}"),
+    (r"\varnothing", r"\emptyset"), (r"\{ \}", r"\emptyset"), ("(C) 12", "C"), ("(C) 12", "12"),
+    ("C. 12", r"\text{(C)}"), (r"\textbf{(C)}\ \frac{1}{2}", "1/2"), (r"\textbf{(C)}\ \frac{1}{2}", r"\textbf{(C)}"),
+    # math-verify's own verdicts
+    ("52_8", "52_{8}"), ("12_{10}", "12"), (r"6_8 \cdot 7_8 = 42_{10} = 52_8", "52_8"), ("x=1, y=2", "(1,2)"),
+    ("(1,2)", "1,2"), ("2,1", "1,2"), ("{1,2}", r"\{1,2\}"), (r"50\%", "50"), (r"12\%", "0.12"),
+    ("0.333333", r"\frac13"), (r"+\infty", r"\infty"), (r"6.72\times10^{-5}", ".0000672"),
+    (r"\frac{2}{2\cdot 2004!}", r"\frac{1}{2004!}"), ("10^{-20}", r"\frac{1}{10^{20}}"),
+]  # fmt: skip
+DIFFERENT = [
+    ("31/2", "7/2"), ("3 1/2", "3/2"), ("3 1/2", "31/2"), ("1e3", "3e"), ("x > 2", r"[2,\infty)"),
+    (r"0<x\le12.5", "(0,12.5)"), (r"x^2-4\ge0", r"(-\infty,-2]\cup[2,\infty)"), ("x>1, x<3", "(1,3)"),
+    (r"x<2 \text{ or } x>4", r"(-\infty,2)\cup(3,\infty)"), (r"\approx 11", "10"), (r"\text{The answer is } 42", "43"),
+    (r"\begin{bmatrix}1\\2\end{bmatrix}", "(2,1)"), (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", "(1,2,3,4)"),
+    ("5xy", "5"), ("5 xy", "5"), ("5 + x", "5"), ("5 -3", "5"), ("5 million", "5"), ("3 squared", "3"), ("3!", "3"),
+    ("5 apples and 3 pears", "5"), ("5 feet 3 inches", "5"), ("(C) 12", "D"), ("(A) and (B)", "A"), ("(A), (B)", "A"),
+    (r"42 \text{ or } 43", "42"), ("x_1", "x_2"), (r"-\infty", r"\infty"), ("[1,2)", "[1,2]"),
+]  # fmt: skip
+
+
+def test_boxes_that_everyone_reads_as_equal_are_right(grader):
+    verdicts = grader.grade([(f"\\boxed{{{answer}}}", gold, True) for answer, gold in EQUAL + DIFFERENT])
+    assert [pair for pair, verdict in zip(EQUAL + DIFFERENT, verdicts, strict=True) if verdict[1]] == EQUAL
+
+
+@pytest.mark.parametrize("rewrite", REWRITES, ids=[example for _, _, example, _ in REWRITES])
+def test_every_rewrite_does_what_its_example_says(rewrite, monkeypatch):
+    _, _, example, result = rewrite
+    assert clean(example) == result
+    monkeypatch.setattr("grade.REWRITES", [row for row in REWRITES if row != rewrite])
+    assert clean(example) != result
 
 
 HOSTILE = {
