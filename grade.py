@@ -13,6 +13,11 @@ The verdict is math-verify's, with these exceptions. Right, because everyone rea
     a column vector for a tuple     math-verify takes it for a matrix
     (B) 12 for (B), and for 12      multiple choice: the gold answer says whether the letter or the value counts
     90°, ½, ５, 3 1/2, 1e3, €18, 18 dollars, "The answer is 42", and the rest of REWRITES: math-verify cannot read them
+Wrong, because nobody does:
+    1,2 or \{1,2\} for (1,2)        a list has no order. (1,2) for 1,2 stays right, and so does x=1,y=2 for (1,2)
+    11 for 11_2, and 11_3 for 11_2  math-verify ignores the base
+    1/2006! for 1/2004!             it rounds to 6 decimals; equal numbers must also agree to 1 part in 1,000
+    7 0 for 0                       it multiplies numbers that stand side by side
 """
 
 import json
@@ -116,8 +121,10 @@ REWRITES = [
     (r"^([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)$", r"\1\\times 10^{\2}", "1e3", r"1\times 10^{3}"),
     (r"(?:^|(?<==)|(?<== ))([-+]?\d+)(?:\s|\\[ ,;])+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "3 1/2", r"3\frac{1}{2}"),
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;: ]| )\s*(?=\d{3}(?!\d))", "", r"1\,024", "1024"),
+    (r"(?<=\d)(?:_\{(?!10\})(\d+)\}|_(?!10\b)(\d+)|\s+\(?base (\d+)\)?)", r" u_{\1\2\3}", "11_2", "11 u_{2}"),
     (r"^([^()\[\]]*)\)$", r"\1", "5)", "5"),
     (r"^(?:\+|-(?=[0.]+$))?(-?)0*([0-9]+)(?:\.0*)?$", r"\1\2", "070.0", "70"),
+    (r"(?<!frac \d)(?<=\d)\s+(?=\d[\d.\s]*$)", ", ", "7 0", "7, 0"),
 ]  # fmt: skip
 CHOICE = r"(?:\\\w+\{)?\s*\(?([A-J])[).:]\s*(?:\\?\s*\})?(?:[\s,;:.]|\\[ ,;:!])*(?![\s,;:.]|(?:and|or|\(?[A-J])\b|$)"
 
@@ -208,7 +215,7 @@ def serve(seconds: int):
 def is_equal(gold, answer) -> bool:
     """math-verify's verdict on what it parsed, [expression, text] or less, with this file's exceptions."""
     from math_verify import verify
-    from sympy import FiniteSet, Rel, Union
+    from sympy import Eq, FiniteSet, Interval, Rel, Tuple, UnevaluatedExpr, Union
 
     if len(gold) < 2 or len(answer) < 2:  # no expression
         return verify(gold, answer, timeout_seconds=None)
@@ -217,7 +224,15 @@ def is_equal(gold, answer) -> bool:
     is_solved = bool(sides) and all(side.is_Symbol or not side.free_symbols for side in sides)
     if is_solved and isinstance(gold[0], Union) and isinstance(answer[0], FiniteSet):  # x < 1 or x > 3
         answer = [Union(*(relation.as_set() for relation in answer[0].args))]
-    return verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=is_solved)
+    if not verify(gold, answer, timeout_seconds=None, allow_set_relation_comp=is_solved):
+        return False
+    gold, answer = gold[0], answer[0]
+    if isinstance(gold, (Tuple, Interval)) and isinstance(answer, FiniteSet):
+        return all(isinstance(element, Eq) for element in answer.args)
+    for number in (gold, answer):
+        if not getattr(number, "is_number", False) or number.has(UnevaluatedExpr):  # 50% may be 50 or 0.5
+            return True
+    return gold == answer or bool(abs((gold - answer).evalf()) <= 1e-3 * abs(gold.evalf()))
 
 
 class Grader:

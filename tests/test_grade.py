@@ -159,8 +159,9 @@ EQUAL = [
     # math-verify's own verdicts
     ("52_8", "52_{8}"), ("12_{10}", "12"), (r"6_8 \cdot 7_8 = 42_{10} = 52_8", "52_8"), ("x=1, y=2", "(1,2)"),
     ("(1,2)", "1,2"), ("2,1", "1,2"), ("{1,2}", r"\{1,2\}"), (r"50\%", "50"), (r"12\%", "0.12"),
-    ("0.333333", r"\frac13"), (r"+\infty", r"\infty"), (r"6.72\times10^{-5}", ".0000672"),
-    (r"\frac{2}{2\cdot 2004!}", r"\frac{1}{2004!}"), ("10^{-20}", r"\frac{1}{10^{20}}"),
+    ("0.333333", r"\frac13"), ("0.001667", r"\frac{1}{600}"), (r"+\infty", r"\infty"),
+    (r"6.72\times10^{-5}", ".0000672"), (r"\frac{2}{2\cdot 2004!}", r"\frac{1}{2004!}"),
+    ("10^{-20}", r"\frac{1}{10^{20}}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("31/2", "7/2"), ("3 1/2", "3/2"), ("3 1/2", "31/2"), ("1e3", "3e"), ("x > 2", r"[2,\infty)"),
@@ -184,6 +185,17 @@ def test_every_rewrite_does_what_its_example_says(rewrite, monkeypatch):
     assert clean(example) == result
     monkeypatch.setattr("grade.REWRITES", [row for row in REWRITES if row != rewrite])
     assert clean(example) != result
+
+
+def test_boxes_that_only_math_verify_reads_as_equal_are_wrong(grader):
+    pairs = [
+        ("1,2", "(1,2)"), ("1, 2, 3", "(1,2,3)"), (r"\{1,2\}", "(1,2)"), ("1,2", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+        ("11", "11_2"), ("11_3", "11_2"), ("11_{10}", "11_2"), ("52", "52_8"), ("53_8", "52_8"), ("7 0", "0"),
+        ("7 0", "70"), ("2 3", "6"), (r"\frac{1}{2006!}", r"\frac{1}{2004!}"), ("10^{-20}", "10^{-21}"),
+        ("10^{-20}", "0"), ("0", r"\frac{1}{2004!}"), ("e^{-100}", "e^{-101}"), (".0000674", ".0000672"),
+    ]  # fmt: skip
+    verdicts = grader.grade([(f"\\boxed{{{answer}}}", gold, True) for answer, gold in pairs])
+    assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict[1]] == []
 
 
 HOSTILE = {
