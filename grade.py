@@ -18,6 +18,7 @@ Wrong, because nobody does:
     11 for 11_2, and 11_3 for 11_2  math-verify ignores the base
     1/2006! for 1/2004!             it rounds to 6 decimals; equal numbers must also agree to 1 part in 1,000
     7 0 for 0                       it multiplies numbers that stand side by side
+    anything for an empty gold      the reason is then "no gold"
 """
 
 import json
@@ -36,7 +37,7 @@ from concurrent.futures import ThreadPoolExecutor
 LONGEST = 1000  # characters; a longer answer is not compared. MATH-500's longest gold answer has 53
 TAIL = 2000  # characters at the end of a response that are searched for an answer without a box
 MEMORY = 2 << 30  # bytes of address space per worker
-UNGRADABLE = ("no answer", "too long", "unparsable", "time limit", "crash")  # say nothing about the maths
+UNGRADABLE = ("no answer", "no gold", "too long", "unparsable", "time limit", "crash")  # say nothing about the maths
 
 # -----------------------------------------------------------------------------
 # from a response to its answer
@@ -179,6 +180,8 @@ def verdict_at_sight(answer: str | None, gold: str) -> tuple[bool, str] | None:
     if len(answer) > LONGEST:
         return (True, "equal") if answer == gold else (False, "too long")
     answer, gold = clean_pair(answer, gold)
+    if not gold:
+        return False, "no gold"
     if answer == gold:
         return True, "equal"
     if re.fullmatch("-?[0-9]+", answer) and re.fullmatch("-?[0-9]+", gold):

@@ -198,6 +198,13 @@ def test_boxes_that_only_math_verify_reads_as_equal_are_wrong(grader):
     assert [pair for pair, verdict in zip(pairs, verdicts, strict=True) if verdict[1]] == []
 
 
+def test_nothing_equals_an_empty_gold_answer(grader):
+    texts = [r"\boxed{5}", r"\boxed{\,}", r"\boxed{.}", "Answer: 5"]
+    verdicts = grader.grade([(text, gold, True) for gold in ("", " ", "$$", r"\,", ".") for text in texts])
+    assert {verdict[1:] for verdict in verdicts} == {(False, "no gold")}
+    assert "no gold" in UNGRADABLE
+
+
 HOSTILE = {
     "tower": "10^{10^{10}}", "power": "(1+x+y+z)^{200}",
     "long": "1" * 100_000, "long sum": "1+" * 50_000 + "1", "deep": "{" * 450 + "1" + "}" * 450, "deeper": "(" * 50_000 + ")" * 50_000,
