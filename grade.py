@@ -44,30 +44,59 @@ UNGRADABLE = ("no answer", "no gold", "too long", "unparsable", "time limit", "c
 
 # \boxed{ or \fbox{ (group 1), a brace, or any other backslash with the character after it: \{ and \} are not braces.
 BRACE = re.compile(r"(\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
-FORMULA = r"\$[^$\n]+\$|\\\([^\n]+?\\\)"
-NUMBER = r"[-+]?\d[\d,]*(?:\.\d+)?(?:/\d+)?"
-STATED_ANSWER = re.compile(rf"answer(?:\s+is)?\s*:?\s*(?:\*\*)?\s*({FORMULA}|{NUMBER})", re.IGNORECASE)
-FORMULA_OR_NUMBER = re.compile(rf"{FORMULA}|{NUMBER}")
+# "answer is", "answer to this is:", "Answer:", a heading "Final Answer", <answer>, \boxed 5, GSM8K's last line #### 5
+ANNOUNCEMENT = re.compile(
+    r"(?im)\bans(?:wers?)?(?: (?:to|of|for) [^.:\n]{1,80}?)?\s*(?:\b(?:is|are|equals|(?:would|should|must) be)\b|[:=：])"
+    r"|^[\s#>_]*(?:(?:the|my|final) )*answer\b(?=[^A-Za-z\n]*$)|\\f?boxed\b(?!\s*\{)|####(?=[^\n]*\Z)|<answer>"
+)
+DISPLAY = re.compile(r"(?s)(?:\$\$|\\\[)(.+?)(?:\$\$|\\\])")
+DELIMITER = re.compile(r"(?<!\\)(?:\$|\\[()\[\]])")
+# A word after a number, but none that makes it another number: 5 million, 3 more than x.
+NOUN = (
+    r"(?!(?:and|or|plus|minus|times|over|mod(?:ulo)?|base|pi|sqrt|(?:sin|cos|tan|cot|sec|csc)h?|log|ln|percent(?:age)?"
+    r"|if|hundred|thousand|[mbtr]+illion|dozen|factorial|squared|cubed|hal(?:f|ves)|third|quarter|root|more|less|than)"
+    r"s?\b)[A-Za-z]{2,}"
+)
+# What a sentence says before its answer, and after it: 5, which is odd; 72 clips, altogether; 5 (five).
+BEFORE = re.compile(
+    r"[\s*_:：,}]*(?:not\b[^,;\n]*[,;]? (?:but|rather|it is|it's)\s+|(?:therefore|thus|then|hence|simply|just|exactly"
+    rf"|the|option|choice|number|value|set|interval|point|equal to|given by|as follows|below)[,:]?\s+|an? (?={NOUN}))*"
+)
+AFTER = re.compile(
+    r"[,;:]? (?:which|because|since|as|so|where|when|while|but|thus|hence|therefore|giving|i\.e|of (?:the|an?|all|them)"
+    r"|and (?:the|it|this|that|so|we|he|she|they|there|I))\b.*|, not\b.*"
+    rf"|(\d[^,;$]*)[,;$] {NOUN}[^\d\\$]*$| \((?!mod)[a-z]{{2,}}.*| [–—] {NOUN}.*"
+)
+DOUBT = re.compile(r"(?i)\b(?:not|cannot|never|unable|maybe|perhaps|guess|between|answer\w*)\b|n't\b|\?")
+REMARK = re.compile(r"(?:not |in)?(?:correct|right|wrong|valid|clear|helpful|reasonable|unique)")  # I hope my answer is
+# An expression in prose: formulas, and words without two letters in a row but for units (5cm, not 3rd).
+FORMULA = r"\$(?:\\.|[^$\\\n])+\$(?!\d)|\\\([^\n]+?\\\)"  # there is none in: she pays $18 and he pays $20
+LETTERS = r"\\[A-Za-z]+(?![A-Za-z])|[A-Za-z](?![A-Za-z])|(?<=[\d/])(?!st\b|nd\b|rd\b|th\b)[A-Za-z]{2,}(?![A-Za-z])"
+TERM = rf"(?:{FORMULA}|(?!(?:a|A|I)(?!\S))(?:{LETTERS}|\\[^A-Za-z\s]|[^\sA-Za-z\\])+(?!\S))"
+EXPRESSION = re.compile(rf"(?<!\S){TERM}(?:[.,;]?\s+(?:(?:and|or)\s+)?{TERM})*")
 
 
 def extract(text: str, finished: bool = True) -> str | None:
-    """The answer in a response, or None.
+    """The answer in a response, or None. Takes time linear in the length of the text.
 
     Only what follows the last </think> counts, and nothing in a <think> that is still open. The answer is the last
-    non-empty \\boxed{}; else what follows the last "answer is" or "answer:"; else the last formula or number on the
-    last line. A response that was cut off (finished is False) needs a box: the last number that it happened to write
-    is no answer.
+    non-empty \\boxed{}; else what the response announces as its answer, to the end of the line or sentence; else the
+    last expression on the last line. A response that was cut off (finished is False) needs a box: the last number that
+    it happened to write is no answer.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     box = last_box(text)
-    if box is not None:
+    if box is not None or not finished:
         return box
-    tail = text[-TAIL:].strip()
-    if not finished or not tail:
-        return None
-    last_line = tail.splitlines()[-1]
-    candidates = STATED_ANSWER.findall(tail) or FORMULA_OR_NUMBER.findall(last_line)
-    return candidates[-1].strip() if candidates else None
+    tail = re.sub(r"(?<!\d)\*\*|\*\*(?!\d)|`|</answer>", "", text[-TAIL:])  # bold type and code; 2**10 stays
+    tail = DISPLAY.sub(lambda display: " $" + " ".join(display.group(1).split()).rstrip(".,") + "$ ", tail).strip()
+    for announcement in reversed(list(ANNOUNCEMENT.finditer(tail))):
+        phrase = first_phrase(tail[announcement.end() :])
+        if phrase and not REMARK.fullmatch(phrase):
+            is_wordy = len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", phrase)) > 5
+            is_denied = re.search(r"[\d\\]", phrase) and DOUBT.search(phrase)  # "does not exist" is an answer
+            return None if is_wordy or is_denied else phrase
+    return last_expression(tail)
 
 
 def last_box(text: str) -> str | None:
@@ -75,15 +104,33 @@ def last_box(text: str) -> str | None:
     box = None
     open_braces = []  # (where its content starts, whether it opens a box)
     for match in BRACE.finditer(text):
-        if match.group(1):
-            open_braces.append((match.end(), True))
-        elif match.group() == "{":
-            open_braces.append((match.end(), False))
+        if match.group(1) or match.group() == "{":
+            open_braces.append((match.end(), match.group() != "{"))
         elif match.group() == "}" and open_braces:
             start, is_box = open_braces.pop()
             if is_box and text[start : match.start()].strip():
                 box = (start, match.start())
-    return None if box is None else text[box[0] : box[1]].strip()
+    return text[slice(*box)].strip() if box else None
+
+
+def first_phrase(text):
+    """The first line or sentence of a text, without what goes before and after the answer in it."""
+    text = text[BEFORE.match(text).end() :]
+    sentence = re.split(r"[.?](?=\s|$)", text.partition("\n")[0])[0]
+    phrase = AFTER.sub(r"\1", " ".join(sentence.split()))
+    return DELIMITER.sub("", phrase).lstrip(" ,;:*_").rstrip(" .,;:*_")
+
+
+def last_expression(tail):
+    """The last expression on the last line, whole: 12 + 3i, (1, 2), x = 70, the 72 of "72 clips". None if in doubt."""
+    last_line = re.sub(r"^\s*(?:[-*•]|\d+[.)])\s", "", tail.rpartition("\n")[2])  # without the mark of a list
+    for sentence in reversed(re.split(r"(?<=[.?])\s+|[\u3000-\u9fff：，]+", last_line)):
+        expressions = [text for text in EXPRESSION.findall(sentence) if re.search(r"\d|\$|\\\(|\([A-J]\)", text)]
+        if expressions:
+            expression = DELIMITER.sub("", re.sub(r"^(?:[-–:=,;.]+ |[A-Za-z] = (?=[^=]*$))+", "", expressions[-1]))
+            expression = expression.rstrip(" .,;:!?*_")
+            return expression if is_balanced(expression) and not DOUBT.search(sentence) else None
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -92,12 +139,6 @@ def last_box(text: str) -> str | None:
 WRAPPER = r"\\(?:boxed|fbox|text|textbf|mathbf|mathrm|bm|boldsymbol)\s*\{(.*)\}|\$(.*)\$|\\\((.*)\\\)|\*\*(.*)\*\*"
 CHARACTERS = str.maketrans({"−": "-", "–": "-", "·": r"\cdot ", "⋅": r"\cdot ", "√": r"\sqrt ", "∞": r"\infty ",
     "∪": r"\cup ", "∈": r"\in ", "≈": r"\approx ", "°": r"^\circ ", "⁄": "/", "~": " "})  # fmt: skip
-# A word after a number, but none that makes it another number: 5 million, 3 more than x.
-NOUN = (
-    r"(?!(?:and|or|plus|minus|times|over|mod(?:ulo)?|base|pi|sqrt|(?:sin|cos|tan|cot|sec|csc)h?|log|ln|percent(?:age)?"
-    r"|if|hundred|thousand|[mbtr]+illion|dozen|factorial|squared|cubed|hal(?:f|ves)|third|quarter|root|more|less|than)"
-    r"s?\b)[A-Za-z]{2,}"
-)
 UNIT = rf"(?:(?=\s+\w{{3}}|\s*/\s*\w{{3}})[\s/]*{NOUN}|\s*(?:[ckm]m|km/h|[km]g|m[lL]|ft|in|yd|lb|oz|m/s))(?![A-Za-z])"
 MORE_UNITS = rf"(?:\^\{{?\d\}}?|[\s/-]+(?:a|{NOUN})(?![A-Za-z]))*"
 # Applied in this order: (pattern, replacement, example, what becomes of it).

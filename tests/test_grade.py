@@ -8,7 +8,7 @@ import time
 import pytest
 from helpers import SHARED
 
-from grade import LONGEST, REWRITES, UNGRADABLE, Grader, clean, extract
+from grade import LONGEST, REWRITES, TAIL, UNGRADABLE, Grader, clean, extract
 
 DATA = SHARED / "data"
 
@@ -48,17 +48,8 @@ def test_every_aime_and_amc_answer_is_right_in_every_form(grader):
     rows = [row for name in ("aime24", "aime25", "amc23") for row in problems(f"{name}.jsonl")]
     golds = [str(int(float(row["answer"]))) for row in rows]
     forms = [
-        "0%s",
-        "%s.",
-        "%s.0",
-        "$%s$",
-        r"\text{%s}",
-        r"%s^\circ",
-        r"\textbf{%s}",
-        "x=%s",
-        r"\(%s\)",
-        r"%s\text{ units}",
-    ]
+        "0%s", "%s.", "%s.0", "$%s$", r"\text{%s}", r"%s^\circ", r"\textbf{%s}", "x=%s", r"\(%s\)", r"%s\text{ units}",
+    ]  # fmt: skip
     cases = [
         (f"\\boxed{{{form % gold}}}", row["answer"], True)
         for row, gold in zip(rows, golds, strict=True)
@@ -91,12 +82,8 @@ def test_mathematically_equal_answers_are_right(grader):
         ("C", r"\text{(C)}"), ("(x+1)^2", "x^2+2x+1"),
     ]  # fmt: skip
     different = [
-        ("2k", "2k+2"),
-        ("1.4142", r"\sqrt{2}"),
-        ("(1,2)", "(2,1)"),
-        ("Ann", r"\text{Evelyn}"),
-        ("[0,1)", "[0,1]"),
-    ]
+        ("2k", "2k+2"), ("1.4142", r"\sqrt{2}"), ("(1,2)", "(2,1)"), ("Ann", r"\text{Evelyn}"), ("[0,1)", "[0,1]"),
+    ]  # fmt: skip
     verdicts = grader.grade([(f"\\boxed{{{a}}}", gold, True) for a, gold in equal + different])
     assert [v[1] for v in verdicts] == [True] * len(equal) + [False] * len(different)
 
@@ -111,13 +98,10 @@ def test_the_last_complete_box_is_the_answer():
 
 
 def test_without_a_box_the_stated_answer_counts_only_if_the_response_ended():
-    for text in (
-        "The answer is 70.",
-        "The answer is $70$.\nDone.",
-        "**Answer:** 70",
-        "so we get x = 70.",
-        r"Answer: \(70\)",
-    ):
+    stated = [
+        "The answer is 70.", "The answer is $70$.\nDone.", "**Answer:** 70", "so we get x = 70.", r"Answer: \(70\)",
+    ]  # fmt: skip
+    for text in stated:
         assert clean(extract(text)) == "70", text
         assert extract(text, finished=False) is None
     assert extract(r"\boxed{70} but wait", finished=False) == "70"
@@ -205,6 +189,96 @@ def test_nothing_equals_an_empty_gold_answer(grader):
     assert "no gold" in UNGRADABLE
 
 
+# (response without a box, gold answer)
+STATED = [
+    # announced: to the end of the line or sentence
+    (r"Answer: \frac{1}{2}", "1/2"), ("Answer: (1, 2)", "(1,2)"), ("Answer: (B)", "B"), ("Answer: −5", "-5"),
+    ("ANSWER: 42\n", "42"), (r"The answer is 3\sqrt{2}.", r"3\sqrt{2}"), ("The answer is 12 + 3i", "12+3i"),
+    ("The answer is 1, 2 and 3.", "3,2,1"), ("Answer: a + b", "a+b"), ("Answer: x = 3 or x = -3", "3,-3"),
+    ("the answer is [0,1)", "[0,1)"), ("Ans: 42", "42"), ("Answer：42", "42"), ("**Answer: 42**", "42"),
+    ("The answer is **$72**.", "72"), ("(Answer: 5)", "5"), ("**Final Answer**\n\n34", "34"), ("Final Answer 42", "42"),
+    ("**Final Answer:**\n\n\\[\n\\frac{7}{2}.\n\\]", "3.5"), ("The answer is given by\n$$\n42\n$$\nDone.", "42"),
+    (r"So $\boxed 5$ is it.", "5"), (r"\boxed \frac{1}{2}", "0.5"), ("<answer>42</answer>", "42"),
+    ("It took 3 days. #### 72", "72"), ("48 + 24 = 72\n#### $1,234", "1234"),
+    ("#### 2. Compute the sum\nWe get 9.", "9"), ("Question: 2+2? Answer: 4\nQuestion: 2+3? Answer: 5", "5"),
+    (r"Final Answer: The final answer is $(3, \pi)$. I hope it is correct.", r"(3,\pi)"),
+    ("The answer should be 12.", "12"), ("The answer is 5. I hope my answer is correct.", "5"),
+    ("The answer to the question is 17.", "17"),
+    # and what the sentence says besides
+    ("The answer is 72 clips.", "72"), ("The answer is $1,200 per month.", "1200"),
+    ("The answer is 25 percent.", r"25\%"), (r"The answer is $12\text{ cm}^2$.", "12"),
+    (r"The answer is $\frac{1}{2}$ cup.", "1/2"), ("Answer: 42 cm (approximately)", "42"),
+    ("The answer is 42, which is the largest of 5 values.", "42"), ("The answer is 5 (five).", "5"),
+    ("The answer is 5, i.e. five.", "5"), ("My answer is 12, and I am sure.", "12"),
+    ("The answer is not 5, it is 7.", "7"), ("The answer is 7, not 5.", "7"), ("The answer is 2/3 of the cake.", "2/3"),
+    # words and letters
+    ("The answer is Evelyn.", r"\text{Evelyn}"), ("The answer is an ellipse.", r"\text{ellipse}"),
+    ("Answer: yes", r"\text{Yes}"), ("The answer is: does not exist.", r"\text{does not exist}"),
+    ("The answer is (B) 12.", "B"), ("The answer is (B) 12.", "12"), ("The correct answer is option (C).", "C"),
+    ("The answer is (B), not (A).", "B"),
+    # not announced: the last expression on the last line
+    ("So x = 12 + 3i", "12+3i"), ("Thus the point is (1, 2).", "(1,2)"), ("- 5 apples", "5"),
+    ("48+24 = 72 clips", "72"), ("Total = $5 + $3 = $8", "8"), ("She earns $18/hour.", "18"), ("It weighs 5kg.", "5"),
+    ("It is 72!", "72"), ("He has 7 apples. That is all.", "7"), ("Hence\n\\[\nx = 42.\n\\]", "42"), ("(B) 12", "B"),
+    ("所以答案是5。", "5"), (r"So $p - q$.", "p-q"), (r"The cost is $\$36$.", "36"),
+]  # fmt: skip
+NOT_STATED = [
+    (r"Answer: \frac{3}{2}", "2"), (r"The answer is 3\sqrt{2}.", "3"), ("Answer: 5x+3", "5"), ("Answer: 2^{10}", "2"),
+    ("Answer: (B)", "C"), ("I cannot answer 3 questions", "3"), ("The answers are 3 and 4.", "4"),
+    ("Answer: 1, pi", "1"), ("The answer is $5$ or $6$.", "6"), ("The answer is east, west", r"\text{east}"),
+    ("The answer is (A) or (B).", "A"), ("The answer is 5 million.", "5"), ("The answer is 5 more than x.", "5"),
+    ("The answer is not 5, it is 7.", "5"), ("The answer is 7, not 5.", "5"), ("The answer is not 5.", "5"),
+    ("Answer: between 3 and 5", "5"), ("What is the answer? 5 or 6?", "6"), ("3 apples. The answer is unknown.", "3"),
+    (r"So x = 3\sqrt{2}.", "2"), ("Thus the point is (1, 2).", "2"), ("It is 3 or 4", "4"), ("It is not 5.", "5"),
+    ("Is it 5?", "5"), ("There are 3 ways to answer.", "3"), ("He came 3rd.", "3"), ("See (Section 2).", "2"),
+    (r"\boxed{5", "5"), (r"\boxed{}", "5"),
+]  # fmt: skip
+
+
+def test_an_answer_without_a_box_is_taken_whole_or_not_at_all(grader):
+    verdicts = grader.grade([(text, gold, True) for text, gold in STATED + NOT_STATED])
+    assert [pair for pair, verdict in zip(STATED + NOT_STATED, verdicts, strict=True) if verdict[1]] == STATED
+
+
+def test_every_answer_of_the_benchmarks_is_right_however_it_is_announced(grader):
+    names = ("math500", "aime24", "aime25", "amc23", "gsm8k_test")
+    golds = dict.fromkeys(row["answer"] for name in names for row in problems(f"{name}.jsonl"))
+    announcements = [
+        "Answer: %s", "Answer: %s.", "The answer is $%s$.", "**Answer:** $%s$", "**Final Answer**\n\n%s",
+        r"So $\boxed %s$.", "Final Answer: The final answer is $%s$. I hope it is correct.",
+        r"So the answer is \(%s\), which we wanted.", r"Thus the answer is \[ %s \]", "Hence\n\\[\n%s.\n\\]",
+        "So we get $%s$.", "The answer is %s because of that.",
+    ]  # fmt: skip
+    cases = [(announcement % gold, gold, True) for gold in golds for announcement in announcements]
+    assert [case for case, verdict in zip(cases, grader.grade(cases), strict=True) if not verdict[1]] == []
+
+
+def test_extraction_without_a_box_reads_only_the_end_of_a_long_text():
+    """So its time is bounded, if no pattern takes more than a few steps per character of that end."""
+    units = [
+        "answer to a ", "not a, ", "the ", "a ", "1, ab ", "$1", r"\(", r"\[", r"\ab", "5 ab ", "#### \n", "1 or ", " ",
+        "字",
+    ]  # fmt: skip
+    for unit in units:
+        text = unit * (100_000 // len(unit))
+        assert extract(text + " xx") == extract(text[-TAIL:] + " xx")
+        assert extract(text + "\nThe answer is 7.") == "7"
+
+
+@pytest.mark.parametrize(("name", "most_wrong"), [("extract", 2), ("forms", 4)])
+def test_collected_cases_are_graded_as_people_do(grader, name, most_wrong):
+    """forms: math-verify rounds, so that 1.41421356 is right for the square root of 2."""
+    path = SHARED / "cases" / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"needs {name}.jsonl in ../shared/cases, which does not come with the repository")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row.setdefault("text", f"\\boxed{{{row.get('answer')}}}")
+    verdicts = grader.grade([(row["text"], row["gold"], row.get("finished", True)) for row in rows])
+    wrong = [row for row, verdict in zip(rows, verdicts, strict=True) if verdict[1] != row["right"]]
+    assert len(wrong) <= most_wrong, wrong
+
+
 HOSTILE = {
     "tower": "10^{10^{10}}", "power": "(1+x+y+z)^{200}",
     "long": "1" * 100_000, "long sum": "1+" * 50_000 + "1", "deep": "{" * 450 + "1" + "}" * 450, "deeper": "(" * 50_000 + ")" * 50_000,
@@ -213,14 +287,9 @@ HOSTILE = {
     "division": r"\frac{1}{0}", "newlines": "\n" * 500, "wrapped": r"\text{" * 150 + "1" + "}" * 150, "control": "\x1b[2J\r\b",
 }  # fmt: skip
 BARE = [
-    "\\boxed{" * 100_000,
-    "{" * 100_000,
-    "}" * 100_000,
-    "\\" * 100_000,
-    r"\boxed" + " " * 100_000,
-    "answer is " * 50_000,
+    "\\boxed{" * 100_000, "{" * 100_000, "}" * 100_000, "\\" * 100_000, r"\boxed" + " " * 100_000, "answer is " * 50_000,
     "\x00" * 1000,
-]
+]  # fmt: skip
 
 
 def test_hostile_answers_are_wrong_within_a_bound_and_the_grader_lives_on(tmp_path, monkeypatch):
