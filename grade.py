@@ -147,8 +147,7 @@ REWRITES = [
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "√(2)", r"\sqrt{2}"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "2pi/3", r"2\pi /3"),
     (r"\\varnothing|\\\{\s+\\\}", r"\\emptyset", r"\varnothing", r"\emptyset"),
-    (r"\\left(?=\W)|\\right(?=\W)", "", r"\left(1, 2\right]", "(1, 2]"),
-    (r"\\langle(.*)\\rangle", r"(\1)", r"\langle 1, 2\rangle", "( 1, 2)"),
+    (r"(?:\\left)?\\langle(.*?)(?:\\right)?\\rangle", r"(\1)", r"\langle 1, 2\rangle", "( 1, 2)"),
     (r"^(?:[A-Za-z]|\\[a-z]+)\s*\\in\b", "", r"x \in [0,1]", "[0,1]"),
     (r"^(?:\\text\w*\s*\{\s*)?\(?([A-J])\)?\s*\}?$", r"\1", r"\text{(C)}", "C"),
     # prose before the answer
@@ -156,15 +155,16 @@ REWRITES = [
     (r"^[^{}\\\d]*(?:\b(?:is|are|equals|about|approximately|roughly)\b|answer:):?\s+", "", "The answer is 42", "42"),
     (r"^(?:\\approx|\\sim|=)", "", r"\approx 10", "10"),
     # what a number counts
-    (r"^(?:USD|EUR|GBP|Rs\.?)\s*(?=\d)|(?:\bUS)?\\?[$€£¥₹]|\\text\s*\{\s*[€£¥₹]\s*\}", "", "€18", "18"),
-    (r"(?<=\d)\s*\^?\s*\{?\\(?:circ|degree)\s*\}?\s*[CF]?$", r"^\\circ", r"20^\circ C", r"20^\circ"),
+    (r"^(?:USD|EUR|GBP|Rs\.?)\s*(?=\d)|(?:\bUS)?\\?[$€£¥₹¢]|\\text\s*\{\s*[€£¥₹]\s*\}", "", "€18", "18"),
+    (r"(?<=\d)(?:\s*\^?\s*\{?\\(?:circ|degree)\s*\}?\s*[CF]?|\^o)$", r"^\\circ", r"20^\circ C", r"20^\circ"),
     (rf"(?:(?<=[\d}}])|(?<=\\pi)){UNIT}{MORE_UNITS}$", "", "18 dollars a day", "18"),
     # ways to write a number
     (r"^([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)$", r"\1\\times 10^{\2}", "1e3", r"1\times 10^{3}"),
     (r"(?:^|(?<==)|(?<== ))([-+]?\d+)(?:\s|\\[ ,;])+(\d+)/(\d+)$", r"\1\\frac{\2}{\3}", "3 1/2", r"3\frac{1}{2}"),
     (r"(?<=\d)(?:,\\!|\{,\}|\\[,;: ]| )\s*(?=\d{3}(?!\d))", "", r"1\,024", "1024"),
     (r"(?<=\d)(?:_\{(?!10\})(\d+)\}|_(?!10\b)(\d+)|\s+\(?base (\d+)\)?)", r" u_{\1\2\3}", "11_2", "11 u_{2}"),
-    (r"^([^()\[\]]*)\)$", r"\1", "5)", "5"),
+    (r"\^(-\d+)", r"^{\1}", "10^-3", "10^{-3}"),
+    (r"^([^()\[\]]*)[)\]]$", r"\1", "5)", "5"),
     (r"^(?:\+|-(?=[0.]+$))?(-?)0*([0-9]+)(?:\.0*)?$", r"\1\2", "070.0", "70"),
     (r"(?<!frac \d)(?<=\d)\s+(?=\d[\d.\s]*$)", ", ", "7 0", "7, 0"),
 ]  # fmt: skip
@@ -201,7 +201,7 @@ def clean_pair(answer: str, gold: str) -> tuple[str, str]:
 
 
 def as_vector(text):
-    point = re.fullmatch(r"\((.*)\)", text)
+    point = re.fullmatch(r"(?:\\left)?\((.*?)(?:\\right)?\)", text)
     return r"\begin{pmatrix}" + point.group(1).replace(",", r"\\") + r"\end{pmatrix}" if point else text
 
 
