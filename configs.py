@@ -61,11 +61,13 @@ class TrainConfig:
     span_max: int = arg(128, "tokens; longer newline spans are cut into equal parts", low=1)
 
     loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg("opd", "the base loss; formulas in the README", section="the loss")
+    advantage: Literal["old", "current"] = arg("old", "opd: log q - log pi_old, fixed (the paper's), or log q - log pi, at each update")
     clip_low: float = arg(0.2, "opd: the ratio is clipped at 1 - clip_low; 0: off", low=0)
     clip_high: float = arg(0.2, "opd: the ratio is clipped at 1 + clip_high; 0: off", low=0)
     dual_clip: float = arg(3.0, "opd: where the advantage A is negative, the loss is at most -dual_clip A; 0: off", low=0)
     topk: int = arg(32, "top-K losses: how many of the teacher's most likely tokens", low=1)
     log_ratio_clamp: float = arg(0.0, "lsm, fkl_topk: keep each log-ratio within +- this, in nats; 0: off", low=0)
+    merge_stops: bool = arg(True, "count the stop tokens of student and teacher as one outcome, if there are several")
     add_sampled: bool = arg(False, "lsm, fkl_topk: add the sampled token to the support if it is outside")
     renormalise: bool = arg(True, "lsm, fkl_topk: softmax over the support on both sides; false: the true probabilities")
     beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m), m = beta teacher + (1 - beta) student", low=0, high=1)

@@ -314,8 +314,17 @@ def shared_vocab(student, teacher) -> int:
     return shared
 
 
+@dataclass
+class Vocabulary:
+    """What the student's and the teacher's tokens have in common."""
+
+    size: int  # ids below it mean the same to both; further rows of the embeddings are padding
+    newline_ids: set[int]  # whose text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"
+    stop_ids: list[int]  # that end an answer of either
+    merged: list[int]  # the stop ids, if there are several and they count as one outcome (--merge_stops); else empty
+
+
 def newline_token_ids(tokenizer, vocab: int) -> set[int]:
-    """The ids whose text contains a newline. In BPE that is many besides "\\n", such as ".\\n\\n"."""
     texts = tokenizer.batch_decode([[i] for i in range(vocab)])
     return {i for i, text in enumerate(texts) if "\n" in text}
 
@@ -334,7 +343,7 @@ class MicroBatch:
     ids: Tensor  # [B, L] prompt and response. Right padding, so that causal attention needs no mask
     rows: Tensor  # [N] and cols: hidden[rows, cols] is the hidden state that predicts a response token,
     cols: Tensor  # [N] one position before the token itself
-    tokens: Tensor  # [N] the response tokens, ids[rows, cols + 1]
+    tokens: Tensor  # [N] the response tokens, ids[rows, cols + 1]; merged stop tokens all have the id of the first
     segments: Tensor  # [N] index of the gate's segment that each of them is in (gating.py)
     position: Tensor  # [N] where in its response each of them is, in (0, 1); for the pictures
     logp_sampler: Tensor  # [N] the sampler's log-probs at temperature 1; only compared with the trainer's
@@ -343,7 +352,7 @@ class MicroBatch:
     logp_old: Tensor | None = None  # [N] the student's log-probs before the first update on these rollouts
 
 
-def collate(rollouts, cfg, newline_ids: set[int], device, empty=False) -> MicroBatch:
+def collate(rollouts, cfg, vocabulary: Vocabulary, device, empty=False) -> MicroBatch:
     """A MicroBatch of rollouts. empty: none of their tokens counts (N = 0)."""
     sequences = [torch.tensor(r.prompt + r.response) for r in rollouts]
     ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, L]
@@ -355,18 +364,21 @@ def collate(rollouts, cfg, newline_ids: set[int], device, empty=False) -> MicroB
         rows.append(torch.full((n_tokens,), row))
         cols.append(torch.arange(start - 1, start - 1 + n_tokens))
         position.append((torch.arange(n_tokens) + 0.5) / n_tokens)
-        is_newline = [token in newline_ids for token in r.response]
+        is_newline = [token in vocabulary.newline_ids for token in r.response]
         sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
         lengths = torch.tensor(segment_lengths(n_tokens, cfg.gate, is_newline, **sizes))
         segments.append(n_segments + torch.arange(len(lengths)).repeat_interleave(lengths))
         n_segments += len(lengths)
     none = [torch.zeros(0, dtype=torch.long)]
     rows, cols, segments = (torch.cat(none + x) for x in (rows, cols, segments))
+    tokens = ids[rows, cols + 1]
+    for id in vocabulary.merged[1:]:
+        tokens[tokens == id] = vocabulary.merged[0]
     return MicroBatch(
         ids=ids.to(device),
         rows=rows.to(device),
         cols=cols.to(device),
-        tokens=ids[rows, cols + 1].to(device),
+        tokens=tokens.to(device),
         segments=segments.to(device),
         position=torch.cat([torch.zeros(0), *position]).to(device),
         logp_sampler=torch.tensor([x for r in counted for x in r.logprobs], dtype=torch.float32).to(device),
@@ -385,7 +397,7 @@ def pack(rollouts, budget):
     return groups
 
 
-def make_minibatches(rollouts, cfg, step, newline_ids, device, rank=0, world=1) -> list[list[MicroBatch]]:
+def make_minibatches(rollouts, cfg, step, vocabulary, device, rank=0, world=1) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each minibatch: cfg.minibatches random parts of the rollouts that have tokens.
 
     Every rank computes the same split. A minibatch's rollouts are dealt to the ranks so that their numbers of response
@@ -401,9 +413,9 @@ def make_minibatches(rollouts, cfg, step, newline_ids, device, rank=0, world=1) 
             smallest = min(shares, key=lambda share: sum(len(x.response) for x in share))
             smallest.append(r)
         packed = [pack(share, cfg.micro_tokens) for share in shares]
-        batches = [collate(group, cfg, newline_ids, device) for group in packed[rank]]
+        batches = [collate(group, cfg, vocabulary, device) for group in packed[rank]]
         shortest = min(rollouts, key=lambda r: len(r.prompt) + len(r.response))
         while len(batches) < max(map(len, packed)):
-            batches.append(collate([shortest], cfg, newline_ids, device, empty=True))
+            batches.append(collate([shortest], cfg, vocabulary, device, empty=True))
         minibatches.append(batches)
     return minibatches

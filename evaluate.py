@@ -41,7 +41,7 @@ from common import (
 )
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
-from policy import full_weights, token_logprobs
+from policy import full_weights, stop_ids_of, token_logprobs
 
 # Flags that change no sample, so that a folder may be used again with another value.
 NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory batch".split()
@@ -105,7 +105,7 @@ def evaluate_student(run, cfg):
         jobs = [(ids, seed_for("gap", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()
-        minibatches = data.make_minibatches(rollouts, cfg, 0, run.newline_ids, run.device, rank(), world_size())
+        minibatches = data.make_minibatches(rollouts, cfg, 0, run.vocabulary, run.device, rank(), world_size())
         batches = [batch for minibatch in minibatches for batch in minibatch]
         total = torch.zeros(2)  # sum of log p - log q, number of tokens
         for batch, targets in zip(batches, run.teacher.targets(batches), strict=True):
@@ -235,7 +235,9 @@ def run(cfg):
     parts = list(split_jobs(prompts, cfg.n, cfg.batch))
     is_missing = [any((name, problem.id, i) not in rows for name, problem, _, i in jobs) for jobs in parts]
     if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
-        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, len(tokenizer))
+        sampler = rollout.make_sampler(
+            cfg, cfg.model, None, tokenizer, len(tokenizer), stop_ids_of(cfg.model, tokenizer)
+        )
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):

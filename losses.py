@@ -34,14 +34,18 @@ def opd_loss(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float = 3.0,
+    advantage_of: str = "old",
 ) -> tuple[Tensor, dict]:
     """Sampled-token OPD: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and {"clipped", "advantage"}.
 
-    A = log q(y) - log p_old(y) is fixed, r = p(y) / p_old(y). At r = 1 the gradient is the policy gradient of the
-    token-level reverse KL. If A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729). 0 turns a bound
-    off. The advantage is that of Fu et al. 2026, arXiv 2603.25562; the clipping and its defaults are verl's.
+    A = log q(y) - log p_old(y), r = p(y) / p_old(y). At r = 1 the gradient is the policy gradient of the token-level
+    reverse KL. If A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729). 0 turns a bound off. The
+    advantage is that of Fu et al. 2026, arXiv 2603.25562; the clipping and its defaults are verl's.
+    advantage_of "current": A = log q(y) - log p(y), detached, what the teacher thinks of the current student; AsyncOPD
+    (arXiv 2606.24143) recommends it for stale rollouts. "old" is the paper's.
     """
-    advantage = (_finite(logp_teacher) - _finite(logp_old)).detach()
+    student = logp if advantage_of == "current" else logp_old
+    advantage = (_finite(logp_teacher) - _finite(student)).detach()
     ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()
     low = 1 - clip_low if clip_low else 0.0
     high = 1 + clip_high if clip_high else math.inf

@@ -146,19 +146,31 @@ def of_updates(updates, batches, epochs) -> dict:
     return row
 
 
-def sampler_mismatch(batches, rescored) -> dict:
+def sampler_mismatch(batches, rescored, merged) -> dict:
     """|log-prob of the trainer - log-prob of the sampler| on the sampled tokens, in nats: mean and largest.
 
+    merged: stop ids that are one outcome for the trainer; the sampler reports each of them alone, so they do not count.
     rescored: the trainer's log-probs at temperature 1 of the first micro-batch, or None if all old log-probs are at 1.
     """
-    if rescored is None:
-        differences = [batch.logp_old - batch.logp_sampler for batch in batches]
-    else:
-        differences = [logp - batch.logp_sampler for logp, batch in zip(rescored, batches, strict=False)]
-    if not any(gather(len(differences))):
-        return {}
+    logprobs = [batch.logp_old for batch in batches] if rescored is None else rescored
+    differences = []
+    for logp, batch in zip(logprobs, batches, strict=False):
+        counts = ~torch.isin(batch.tokens, torch.tensor(merged, dtype=torch.long, device=logp.device))
+        differences.append((logp - batch.logp_sampler)[counts])
     off = all_tokens(differences).abs()
+    if not len(off):
+        return {}
     return {"rollout/out_of_step": off.mean().item(), "rollout/out_of_step_max": off.max().item()}
+
+
+def stop_gap(batches, stop_ids) -> dict:
+    """log q(stop) - log pi_old(stop), in nats, where the student has stopped: below 0, the teacher would have gone on."""
+    gaps = []
+    for batch in batches:
+        is_stop = torch.isin(batch.tokens, torch.tensor(stop_ids, dtype=torch.long, device=batch.tokens.device))
+        gaps.append((batch.teacher["logq_sampled"].to(batch.logp_old.device) - batch.logp_old)[is_stop])
+    gap = all_tokens(gaps)
+    return {"rollout/stop_gap": gap.mean().item()} if len(gap) else {}
 
 
 def check_sampler(row, device):

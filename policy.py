@@ -12,15 +12,19 @@ from losses import head_logits
 class Policy(nn.Module):
     """A causal language model whose forward() returns on_hidden(hidden, weight, bias) instead of logits.
 
-    vocab: how many token ids, from 0, student and teacher share; further rows of the embedding are padding.
+    vocabulary: a data.Vocabulary, what student and teacher have in common.
     file_dtype: the dtype of the model's files, on load and on save.
     """
 
-    def __init__(self, lm, vocab, file_dtype=torch.float32):
+    def __init__(self, lm, vocabulary, file_dtype=torch.float32):
         super().__init__()
         self.lm = lm
-        self.vocab = vocab
+        self.vocabulary = vocabulary
         self.file_dtype = file_dtype
+
+    def head_options(self, temperature) -> dict:
+        """What the head functions of losses.py need to know of the vocabulary."""
+        return {"temperature": temperature, "vocab": self.vocabulary.size, "merged": self.vocabulary.merged}
 
     def forward(self, ids, rows, cols, on_hidden):
         """ids [B, L], right-padded, so causal attention needs no mask; rows and cols [N] choose hidden states.
@@ -42,8 +46,7 @@ def token_logprobs(policy, batch, temperature):
     """[N] log pi(y_t) of a micro-batch's response tokens, with gradient if it is enabled."""
 
     def on_hidden(hidden, weight, bias):
-        options = {"temperature": temperature, "vocab": policy.vocab}
-        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, **options)
+        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, **policy.head_options(temperature))
         return z[:, 0] - lse
 
     return policy(batch.ids, batch.rows, batch.cols, on_hidden)
@@ -68,7 +71,7 @@ def model_paths(cfg):
 
 
 def load_tokenizer(paths, cfg):
-    """(the student's tokenizer, the size of the shared vocabulary).
+    """(the student's tokenizer, the Vocabulary that student and teacher share).
 
     ValueError if the tokenizers differ, a context is too short, or the vocabulary is smaller than --topk.
     """
@@ -89,10 +92,18 @@ def load_tokenizer(paths, cfg):
             )
     if cfg.topk > vocab:
         raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
-    return tokenizer, vocab
+    stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
+    stop_ids = sorted({i for ids in stops.values() for i in ids if i < vocab})
+    merged = stop_ids if cfg.merge_stops and len(stop_ids) > 1 else []
+    names = " and ".join(f"{tokenizer.decode([i])!r} ({i})" for i in stop_ids)
+    if merged:
+        say(f"{names} end an answer, and count as one outcome (--merge_stops)")
+    elif stops.get("teacher", stops["student"]) != stops["student"]:
+        say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
+    return tokenizer, data.Vocabulary(vocab, data.newline_token_ids(tokenizer, vocab), stop_ids, merged)
 
 
-def load_policy(path, cfg, vocab, device, *, trainable):
+def load_policy(path, cfg, vocabulary, device, *, trainable):
     """The student (trainable): fp32 master weights, bf16 compute on CUDA. The teacher: bf16 on CUDA, fp32 on a CPU.
 
     With several ranks, sharded over all of them. ValueError for a model whose logits are more than weight @ hidden + bias.
@@ -111,7 +122,7 @@ def load_policy(path, cfg, vocab, device, *, trainable):
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
-    policy = Policy(lm, vocab, file_dtype)
+    policy = Policy(lm, vocabulary, file_dtype)
     if dist.is_initialized():
         shard(policy, device)  # moves only this rank's shards to the device, one layer at a time
     return policy.to(device)
@@ -194,14 +205,11 @@ def end_of_turn(tokenizer) -> list[int]:
     return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]
 
 
-def describe_prompts(train_prompts, tokenizer, paths):
-    """Prints a prompt as the student will see it; warns of prompts left out, and of unlike stop tokens."""
+def describe_prompts(train_prompts, tokenizer):
+    """Prints a prompt as the student will see it, and how many are left out."""
     if train_prompts.n_dropped:
         n_all = train_prompts.n_dropped + len(train_prompts.prompts)
         say(f"{train_prompts.n_dropped} of {n_all} training prompts are longer than --max_prompt, and left out")
-    stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
-    if stops.get("teacher", stops["student"]) != stops["student"]:
-        say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
     _, prompt_ids = train_prompts.prompts[0]
     say(f"a prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
 

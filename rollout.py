@@ -1,6 +1,6 @@
 """Responses sampled from the student: with vLLM, or with transformers' generate() where vLLM cannot run.
 
-    sampler = make_sampler(cfg, "folder of the student", student, tokenizer, vocab)
+    sampler = make_sampler(cfg, "folder of the student", student, tokenizer, vocab, stop_ids)
     sampler.sync((name, tensor) for name, tensor in student.state_dict().items())     # after every update
     rollouts = sampler.sample(prompts, seeds, max_tokens=100, temperature=1.0, top_p=0.9, top_k=0)
     sampler.sleep()                                                                    # frees a GPU's memory
@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from common import gather, rank, rng_state, say, set_rng_state, world_size
-from policy import stop_ids_of
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -322,11 +321,11 @@ def choose(kind, device):
     return "hf", why
 
 
-def make_sampler(cfg, path, model, tokenizer, vocab, *, max_len=0, tp=1, should_stop=lambda: False):
+def make_sampler(cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, should_stop=lambda: False):
     """The sampler that cfg.rollout names.
 
     model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. vocab: ids that may be sampled;
-    further rows of the embedding are padding. should_stop() is asked at every token: once it is True, sample returns what
+    further rows of the embedding are padding. stops: ids that end a response. should_stop() is asked at every token: once it is True, sample returns what
     there is, and the caller has to drop it.
     """
     import transformers as hf
@@ -334,7 +333,7 @@ def make_sampler(cfg, path, model, tokenizer, vocab, *, max_len=0, tp=1, should_
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, why = choose(cfg.rollout, device)
     say(f"sampling with {kind}: {why}")
-    stops, trust = stop_ids_of(path, tokenizer), cfg.trust_remote_code
+    trust = cfg.trust_remote_code
     if kind == "vllm":
         options = {"max_len": max_len, "memory": cfg.vllm_memory, "tp": tp, "trust": trust, "should_stop": should_stop}
         return VLLMSampler(path, stops, vocab, **options)

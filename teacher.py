@@ -1,6 +1,6 @@
 """The teacher, a model in this process or a vLLM server: what the loss needs of it, once per rollout batch.
 
-    teacher = load_teacher(cfg, path, tokenizer, vocab, device)     # --teacher_url: vllm serve MODEL --max-logprobs 32
+    teacher = load_teacher(cfg, path, tokenizer, vocabulary, device)     # --teacher_url: vllm serve MODEL --max-logprobs 32
     targets = teacher.targets(batches)                              # one dictionary per micro-batch
 
 Targets are in fp32 on the host: {"logq_sampled": [N], log q of the sampled token; "topk_ids" [N, K], the K most likely
@@ -20,10 +20,10 @@ TIMEOUT = 10, 600  # seconds: to connect, and for an answer
 RETRIES = 5  # after pauses of 0, 1, 2, 4 and 8 s
 
 
-def load_teacher(cfg, path, tokenizer, vocab, device):
+def load_teacher(cfg, path, tokenizer, vocabulary, device):
     if cfg.teacher_url:
-        return ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocab)
-    return LocalTeacher(load_policy(path, cfg, vocab, device, trainable=False), cfg, device)
+        return ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
+    return LocalTeacher(load_policy(path, cfg, vocabulary, device, trainable=False), cfg, device)
 
 
 class LocalTeacher:
@@ -54,7 +54,7 @@ def teacher_targets(policy, batch, cfg):
 
     def on_hidden(hidden, weight, bias):
         ids, logq, logq_sampled = head_topk(
-            hidden, weight, k, bias, also_ids=batch.tokens[:, None], temperature=cfg.temperature, vocab=policy.vocab
+            hidden, weight, k, bias, also_ids=batch.tokens[:, None], **policy.head_options(cfg.temperature)
         )
         targets = {"logq_sampled": logq_sampled[:, 0], "topk_ids": ids, "topk_logq": logq}
         if cfg.loss in FULL_VOCABULARY_LOSSES:  # [N, H] is small beside [N, V]; the head is applied again in the loss
@@ -73,12 +73,12 @@ class ServerTeacher:
 
     head = None  # only a model in this process has one
 
-    def __init__(self, url, cfg, tokenizer, vocab):
+    def __init__(self, url, cfg, tokenizer, vocabulary):
         import requests
         from urllib3.util import Retry
 
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.vocab = vocab
+        self.vocabulary = vocabulary
         self.k = cfg.topk if cfg.loss in TOPK_LOSSES else 0
         self.session = requests.Session()
         # read=1: a request that timed out after TIMEOUT is asked only once more
@@ -96,11 +96,13 @@ class ServerTeacher:
                 f"prompt, response and one more are {needed}"
             )
         self.check_vocabulary(tokenizer)
-        self.score([0, vocab - 1])  # if an id or the number of log-probs is too large, the server says so
+        self.score([0, vocabulary.size - 1])  # if an id or the number of log-probs is too large, the server says so
 
     def check_vocabulary(self, tokenizer):
         """Every 50th id, and all that were added to the tokenizer, must be the same text to both."""
-        ids = sorted({*range(0, self.vocab, 50), *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()})
+        ids = sorted(
+            {*range(0, self.vocabulary.size, 50), *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+        )
         theirs = self.ask("POST", "/detokenize", {"model": self.model, "tokens": ids})["prompt"]
         ours = tokenizer.decode(ids)
         if theirs != ours:
@@ -121,17 +123,26 @@ class ServerTeacher:
         return answer.json()
 
     def score(self, ids, start=1):
-        """(log-probs of ids[start:], the k most likely tokens in their places: [[(rank, id, log-prob), ...], ...])."""
+        """(log-probs of ids[start:], the k most likely tokens in their places: [[(log-prob, id), ...], ...]).
+
+        Of a merged outcome only the tokens that the server names are counted: any other is less likely than its top-k.
+        """
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
         rows = self.ask("POST", "/v1/completions", body)["choices"][0].get("prompt_logprobs")
         if rows is None:
             raise OSError(f"--teacher_url: {self.url} gives no prompt_logprobs, as vLLM does")
-        logp, top = [], []
+        merged, logp, top = self.vocabulary.merged, [], []
         for token, row in zip(ids[start:], rows[start:], strict=True):
-            logp.append(row[str(token)]["logprob"])
-            ranked = sorted((x["rank"], int(i), x["logprob"]) for i, x in row.items())
-            # The sampled token is listed even if it is not among the k; ids that only pad the teacher's embedding may be.
-            top.append([x for x in ranked if x[0] <= self.k and x[1] < self.vocab][: self.k])
+            # The sampled token is named even if it is not in the top-k; ids that only pad the teacher's embedding may be.
+            named = {int(i): x["logprob"] for i, x in row.items() if int(i) < self.vocabulary.size or int(i) == token}
+            ranks = {int(i): x["rank"] for i, x in row.items()}
+            if any(i in named for i in merged):
+                outcome = torch.logsumexp(torch.tensor([named[i] for i in merged if i in named]), 0).item()
+                best_rank = min(ranks[i] for i in merged if i in named)
+                named = {i: x for i, x in named.items() if i not in merged} | {merged[0]: outcome}
+                ranks[merged[0]] = best_rank
+            logp.append(named[merged[0] if token in merged else token])
+            top.append(sorted(((x, i) for i, x in named.items() if ranks[i] <= self.k), reverse=True)[: self.k])
         return logp, top
 
     def targets(self, batches):
@@ -142,10 +153,10 @@ class ServerTeacher:
 
     def pack(self, scored):
         """The targets of one micro-batch. A place of the top-k that stays empty has log-prob -inf."""
-        empty = (0, 0, -torch.inf)
+        empty = (-torch.inf, 0)
         top = [row + [empty] * (self.k - len(row)) for _, rows in scored for row in rows]
         logp = torch.tensor([x for logp, _ in scored for x in logp], dtype=torch.float32)
-        ids = torch.tensor([[i for _, i, _ in row] for row in top], dtype=torch.long)
-        logq = torch.tensor([[x for _, _, x in row] for row in top], dtype=torch.float32)
+        ids = torch.tensor([[i for _, i in row] for row in top], dtype=torch.long)
+        logq = torch.tensor([[x for x, _ in row] for row in top], dtype=torch.float32)
         shape = len(top), self.k
         return {"logq_sampled": logp, "topk_ids": ids.view(shape), "topk_logq": logq.view(shape)}

@@ -59,7 +59,7 @@ from teacher import load_teacher
 # The base loss at each of the N response tokens of a micro-batch. The fields of a MicroBatch (made by data.collate):
 #   ids [B, L]           prompts and responses, padded on the right
 #   rows, cols [N]       hidden[rows, cols] predicts a response token: cols is the position before it
-#   tokens [N]           the response tokens y_t
+#   tokens [N]           the response tokens y_t; stop tokens that count as one outcome (--merge_stops) have one id
 #   segments [N]         index of the segment that each token is in, for --gate and --block (gating.segment_lengths)
 #   position [N]         relative position in its response, in (0, 1); for plots
 #   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics only
@@ -92,7 +92,7 @@ def sampled_token_loss(policy, batch, cfg):
     # logp_old is None only before the first update of a step, when the current student is still the old one.
     logp_old = logp.detach() if batch.logp_old is None else batch.logp_old
     logq = batch.teacher["logq_sampled"].to(logp.device)
-    loss, info = opd_loss(logp, logp_old, logq, cfg.clip_low, cfg.clip_high, cfg.dual_clip)
+    loss, info = opd_loss(logp, logp_old, logq, cfg.clip_low, cfg.clip_high, cfg.dual_clip, cfg.advantage)
     return logp.detach(), loss, info
 
 
@@ -107,7 +107,7 @@ def topk_loss(policy, batch, cfg):
     loss_needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
 
     def on_hidden(hidden, weight, bias):
-        z, lse = head_logits(hidden, weight, ids, bias, temperature=cfg.temperature, vocab=policy.vocab)
+        z, lse = head_logits(hidden, weight, ids, bias, **policy.head_options(cfg.temperature))
         return z, lse if loss_needs_lse else lse.detach()
 
     z, lse = policy(batch.ids, batch.rows, batch.cols, on_hidden)  # logits [N, 1 + K], logsumexp [N]
@@ -143,7 +143,7 @@ def full_vocabulary_loss(policy, batch, cfg, teacher_head):
     beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]  # as head_kl defines it
 
     def on_hidden(hidden, weight, bias):
-        options = {"temperature": cfg.temperature, "vocab": policy.vocab}
+        options = policy.head_options(cfg.temperature)
         kl, lse = head_kl(hidden, weight, hidden_t, weight_t, bias, bias_t, beta=beta, **options)
         with torch.no_grad():  # log pi(y_t) for the gate
             z, _ = head_logits(hidden, weight, batch.tokens[:, None], bias, lse=False, **options)
@@ -223,7 +223,7 @@ class Run:
     tokenizer: object  # the student's
     train_prompts: data.TrainingPrompts
     held_out: dict  # {name: [(problem, prompt ids)]}
-    newline_ids: set  # ids of the tokens that contain a newline, for --gate span
+    vocabulary: data.Vocabulary  # that student and teacher share
     policy: Policy  # the student
     teacher: object  # a model in this process, or a server
     optimizer: torch.optim.Optimizer
@@ -244,17 +244,17 @@ def setup(cfg) -> Run:
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # fails if vLLM was requested but cannot run
     paths = on_all_ranks(model_paths, cfg)
-    tokenizer, vocab = on_all_ranks(load_tokenizer, paths, cfg)
-    train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocab)
+    tokenizer, vocabulary = on_all_ranks(load_tokenizer, paths, cfg)
+    train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)
     on_all_ranks(checkpoint.check_data, resume_from, train_prompts.digest)
     lock = on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
     start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
     say(json.dumps(asdict(cfg)))
-    describe_prompts(train_prompts, tokenizer, paths)
+    describe_prompts(train_prompts, tokenizer)
 
-    teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocab, device)
-    policy = on_all_ranks(load_policy, paths["student"], cfg, vocab, device, trainable=True)
+    teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocabulary, device)
+    policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
     on_all_ranks(checkpoint.save_model_files, Path(cfg.out), policy, paths["student"], tokenizer)
@@ -262,10 +262,10 @@ def setup(cfg) -> Run:
         checkpoint.restore(resume_from, policy, optimizer)
     stop = checkpoint.StopSignal()
     options = {"max_len": cfg.max_prompt + cfg.max_response, "tp": cfg.tp, "should_stop": stop.requested_here}
-    sampler = on_all_ranks(rollout.make_sampler, cfg, paths["student"], policy.lm, tokenizer, vocab, **options)
-    newline_ids = data.newline_token_ids(tokenizer, vocab)
+    sampler_args = cfg, paths["student"], policy.lm, tokenizer, vocabulary.size, vocabulary.stop_ids
+    sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **options)
     return Run(
-        device, tokenizer, train_prompts, held_out, newline_ids, policy, teacher, optimizer, sampler, logger, stop, lock,
+        device, tokenizer, train_prompts, held_out, vocabulary, policy, teacher, optimizer, sampler, logger, stop, lock,
         start=start, saved=start if resume_from else None,
     )  # fmt: skip
 
@@ -305,7 +305,7 @@ def main(cfg, before_update=None):
         clock.lap("rollout")
 
         # ---- Teacher targets, once for all epochs. Each rank gets its share of every minibatch, in equally many micro-batches.
-        minibatches = data.make_minibatches(rollouts, cfg, step, run.newline_ids, run.device, rank(), world_size())
+        minibatches = data.make_minibatches(rollouts, cfg, step, run.vocabulary, run.device, rank(), world_size())
         micro_batches = [batch for minibatch in minibatches for batch in minibatch]
         try:
             targets = on_all_ranks(teacher.targets, micro_batches)
@@ -349,9 +349,9 @@ def main(cfg, before_update=None):
         done = step + 1
         row = {"step": done, "lr": learning_rate(cfg, step)}
         row |= metrics.of_rollouts(rollouts) | clock.metrics(rollouts, cfg.epochs)
-        row |= metrics.of_updates(updates, micro_batches, cfg.epochs) | metrics.sampler_mismatch(
-            micro_batches, rescored
-        )
+        row |= metrics.of_updates(updates, micro_batches, cfg.epochs)
+        row |= metrics.sampler_mismatch(micro_batches, rescored, run.vocabulary.merged)
+        row |= metrics.stop_gap(micro_batches, run.vocabulary.stop_ids)
         metrics.check_sampler(row, run.device)
         run.logger.log(row)
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})

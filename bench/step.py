@@ -36,12 +36,12 @@ def our_trainer(prompts):
     flags = "--preset tiny --epochs 1 --minibatches 1 --rollout hf --device cpu --out out/bench"
     cfg, device = parse(TrainConfig, flags.split()), torch.device("cpu")
     paths = policy.model_paths(cfg)
-    tokenizer, vocab = policy.load_tokenizer(paths, cfg)
-    student = policy.load_policy(paths["student"], cfg, vocab, device, trainable=True)
-    teacher = policy.load_policy(paths["teacher"], cfg, vocab, device, trainable=False)
+    tokenizer, vocabulary = policy.load_tokenizer(paths, cfg)
+    student = policy.load_policy(paths["student"], cfg, vocabulary, device, trainable=True)
+    teacher = policy.load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False)
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr)
-    sampler = rollout.make_sampler(cfg, paths["student"], student.lm, tokenizer, vocab)
-    newlines = data.newline_token_ids(tokenizer, vocab)
+    stops = vocabulary.stop_ids
+    sampler = rollout.make_sampler(cfg, paths["student"], student.lm, tokenizer, vocabulary.size, stops)
     ids, steps = [data.encode(p, tokenizer) for p in prompts], itertools.count()
 
     def step():
@@ -49,7 +49,7 @@ def our_trainer(prompts):
         sampler.sync(policy.full_weights(student))
         jobs = [(prompt, seed_for(n, i)) for i, prompt in enumerate(ids)]
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
-        (batches,) = data.make_minibatches(rollouts, cfg, n, newlines, device)
+        (batches,) = data.make_minibatches(rollouts, cfg, n, vocabulary, device)
         for batch in batches:
             batch.teacher = teacher_targets(teacher, batch, cfg)
         train.update(student, optimizer, batches, cfg)

@@ -29,11 +29,11 @@ def main(argv):
     train.main(cfg, before_update=record)
 
 
-def segments_of(batch, kind, cfg, newline_ids):
+def segments_of(batch, kind, cfg, vocabulary):
     """Segment index [N] of the batch's tokens for a gate of another kind than the run's."""
     lengths = []
     for r in batch.rollouts:
-        is_newline = [token in newline_ids for token in r.response]
+        is_newline = [token in vocabulary.newline_ids for token in r.response]
         sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
         lengths += segment_lengths(len(r.response), kind, is_newline, **sizes)
     return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(batch.ids.device)
@@ -61,7 +61,7 @@ def look(run, batches, cfg):
         tokens.append(torch.stack([drift(logp, logp_old), advantage, batch.position]))
         for name, (kind, stat) in kinds.items():
             tau = 0.0 if kind == "none" else cfg.tau
-            g, s = gate(logp, logp_old, segments_of(batch, kind, cfg, run.newline_ids), tau=tau, stat=stat)
+            g, s = gate(logp, logp_old, segments_of(batch, kind, cfg, run.vocabulary), tau=tau, stat=stat)
             gates[name].append(torch.stack([g, s]))
             parts = torch.autograd.grad((g * loss).sum(), params, retain_graph=True)
             gradients[name] = gradients[name] + torch.cat([part.flatten() for part in parts])

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 import data
 import policy
@@ -36,19 +35,25 @@ def ragged_rollouts():
     return rollouts
 
 
+def toy_vocabulary(stop_ids=(2,), merged=()):
+    """The toy's, or that of the random pair."""
+    newline_ids = data.newline_token_ids(toy.tokenizer(), len(toy.VOCAB))
+    return data.Vocabulary(len(toy.VOCAB), newline_ids, list(stop_ids), list(merged))
+
+
 @pytest.fixture
 def scene(pair):
     """make(**options) -> (student, teacher, minibatches of scored micro-batches, config, teacher's head or None)."""
     from helpers import flags  # not above: it hides the GPUs, which test_vllm.py needs
 
-    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(pair[1]), 42)
+    vocabulary = toy_vocabulary()
 
     def make(**options):
         cfg = parse(TrainConfig, flags(pair, "unused", **options))
         cpu = torch.device("cpu")
-        student = policy.load_policy(pair[1], cfg, 42, cpu, trainable=True)
-        teacher = policy.load_policy(pair[0], cfg, 42, cpu, trainable=False)
-        minibatches = data.make_minibatches(ragged_rollouts(), cfg, 0, newlines, "cpu")
+        student = policy.load_policy(pair[1], cfg, vocabulary, cpu, trainable=True)
+        teacher = policy.load_policy(pair[0], cfg, vocabulary, cpu, trainable=False)
+        minibatches = data.make_minibatches(ragged_rollouts(), cfg, 0, vocabulary, "cpu")
         for batch in [batch for minibatch in minibatches for batch in minibatch]:
             batch.teacher = teacher_targets(teacher, batch, cfg)
         head = policy.head_weights(teacher) if cfg.loss in FULL_VOCABULARY_LOSSES else None

@@ -59,7 +59,7 @@ def segments(r, cfg, newlines):
 
 def opd(logp, logp_old, logq, cfg):
     """[T] sampled-token OPD: PPO's objective with the teacher's log-ratio as a fixed advantage."""
-    advantage = logq - logp_old
+    advantage = logq - (logp.detach() if cfg.advantage == "current" else logp_old)
     ratio = (logp - logp_old).exp()
     clipped = ratio.clamp(1 - cfg.clip_low, 1 + cfg.clip_high)
     loss = -torch.minimum(ratio * advantage, clipped * advantage)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import toy_vocabulary
 from datasets import Dataset
 from helpers import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -127,7 +128,7 @@ def rollouts(n=11):
 def test_every_rollout_is_in_one_micro_batch_of_one_rank(world):
     """Minibatches, shares of the ranks and micro-batches: nothing lost, nothing twice, equal counts."""
     cfg = TrainConfig(minibatches=2, micro_tokens=90)
-    parts = [data.make_minibatches(rollouts(), cfg, 5, set(), "cpu", rank, world) for rank in range(world)]
+    parts = [data.make_minibatches(rollouts(), cfg, 5, toy_vocabulary(), "cpu", rank, world) for rank in range(world)]
     for m in range(2):
         assert len({len(part[m]) for part in parts}) == 1  # no rank waits for another
     batches = [batch for part in parts for minibatch in part for batch in minibatch]
@@ -148,7 +149,8 @@ def test_a_batch_knows_the_segments_of_its_tokens(gate):
     cfg = TrainConfig(gate=gate, block=7, span_min=3, span_max=9)
     newlines = {5, 9, 10}
     responses = [[4 + (3 * i + t) % 8 for t in range(n)] for i, n in enumerate((1, 30, 12, 19))]
-    batch = data.collate([Rollout([1], r, [0.0] * len(r), "stop") for r in responses], cfg, newlines, "cpu")
+    vocabulary = data.Vocabulary(42, newlines, stop_ids=[2], merged=[])
+    batch = data.collate([Rollout([1], r, [0.0] * len(r), "stop") for r in responses], cfg, vocabulary, "cpu")
     mask = torch.arange(30) < torch.tensor([[len(r)] for r in responses])
     newline = torch.tensor([[token in newlines for token in r] + [False] * (30 - len(r)) for r in responses])
     options = dict(block=7, newline=newline, span_min=3, span_max=9)

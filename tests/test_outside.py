@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import toy_vocabulary
 from helpers import ROOT, SHARED, far, finished, flags, join, metrics, run, start, start_child
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -293,9 +294,9 @@ def test_dropout_is_off_with_gradient_checkpointing_too(tmp_path):
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     toy.tokenizer().save_pretrained(tmp_path)
     cfg = parse(TrainConfig, flags((tmp_path, tmp_path), "unused", grad_ckpt="true"))
-    student = policy.load_policy(str(tmp_path), cfg, 42, torch.device("cpu"), trainable=True)
+    student = policy.load_policy(str(tmp_path), cfg, toy_vocabulary(), torch.device("cpu"), trainable=True)
     assert student.lm.training
-    batch = data.collate([rollout.Rollout([1, 5], [6, 7, 8], [0.0] * 3, "stop")], cfg, set(), "cpu")
+    batch = data.collate([rollout.Rollout([1, 5], [6, 7, 8], [0.0] * 3, "stop")], cfg, toy_vocabulary(), "cpu")
     first, second = (policy.token_logprobs(student, batch, 1.0) for _ in range(2))
     assert torch.equal(first, second) and first.requires_grad
 

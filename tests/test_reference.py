@@ -6,9 +6,9 @@ import pytest
 import reference
 import torch
 import torch.distributed as dist
-from conftest import ragged_rollouts
+from conftest import ragged_rollouts, toy_vocabulary
 from helpers import flags, join, start_ranks
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import data
 import policy
@@ -68,15 +68,15 @@ class Recorder:
 
 def our_gradients(models, combinations, rank=0, world=1):
     """{(loss, gate, stat): {parameter: its gradient}} of train.update, in several micro-batches."""
-    cfg = config(models, "opd", "none", "mean")
+    cfg, vocabulary = config(models, "opd", "none", "mean"), toy_vocabulary()
     old, new, teacher = (
-        policy.load_policy(models[role], cfg, 42, CPU, trainable=role == "new") for role in ("old", "new", "teacher")
+        policy.load_policy(models[role], cfg, vocabulary, CPU, trainable=role == "new")
+        for role in ("old", "new", "teacher")
     )
-    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(models["new"]), 42)
     teacher_head, found = policy.head_weights(teacher), {}
     for combination in combinations:
         cfg = config(models, *combination)
-        (batches,) = data.make_minibatches(ragged_rollouts(), cfg, 0, newlines, CPU, rank, world)
+        (batches,) = data.make_minibatches(ragged_rollouts(), cfg, 0, vocabulary, CPU, rank, world)
         assert len(batches) > 1
         for batch in batches:
             batch.teacher = teacher_targets(teacher, batch, cfg)
@@ -92,8 +92,7 @@ def our_gradients(models, combinations, rank=0, world=1):
 def exact(models):
     """{(loss, gate, stat): {parameter: its gradient}} of reference.py, in float64."""
     old, new, teacher = (AutoModelForCausalLM.from_pretrained(models[r]).double() for r in ("old", "new", "teacher"))
-    newlines = data.newline_token_ids(AutoTokenizer.from_pretrained(models["new"]), 42)
-    found = {}
+    newlines, found = toy_vocabulary().newline_ids, {}
     for combination in COMBINATIONS:
         cfg = config(models, *combination)
         reference.loss_of_minibatch(new, old, teacher, ragged_rollouts(), cfg, newlines).backward()

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 import rollout
 import toy
 from common import seed_for
-from policy import stop_ids
+from policy import stop_ids, stop_ids_of
 from rollout import HFSampler, Rollout, choose, make_sampler
 
 V, PAD, STOPS = 32, 0, [1, 2]
@@ -271,9 +271,10 @@ def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model
     model.save_pretrained(tmp_path)
     cfg = SimpleNamespace(rollout="auto", device="cpu", trust_remote_code=False)
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
-    shared = make_sampler(cfg, tmp_path, model, tokenizer, V)
-    assert shared.model is model and not shared.owns_model and shared.stops == [1, 2, 9]
-    own = make_sampler(cfg, tmp_path, None, tokenizer, V)
+    assert stop_ids_of(tmp_path, tokenizer) == [1, 2, 9]
+    shared = make_sampler(cfg, tmp_path, model, tokenizer, V, STOPS)
+    assert shared.model is model and not shared.owns_model and shared.stops == STOPS
+    own = make_sampler(cfg, tmp_path, None, tokenizer, V, STOPS)
     assert own.model is not model and own.owns_model
     assert all(map(same, *(s.sample(PROMPTS, SEEDS, **PLAIN) for s in (shared, own))))
     said = capsys.readouterr().out.splitlines()

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import toy_vocabulary
 from helpers import far, flags, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -82,7 +83,7 @@ def server(pair):
 def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, loss):
     student, _, minibatches, cfg, _ = scene(loss=loss, micro_tokens=70)
     batches = sum(minibatches, [])
-    remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
+    remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
     for batch, found in zip(batches, remote.targets(batches), strict=True):
         torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)
         _, local, _ = train.position_loss(student, batch, cfg, None)
@@ -102,7 +103,7 @@ def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
 
 def test_a_busy_server_is_asked_again(pair, scene, server):
     _, _, (batches, *_), cfg, _ = scene(loss="opd")
-    remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), 42)
+    remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
     server.failures = 2
     for batch, found in zip(batches, remote.targets(batches), strict=True):
         torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)

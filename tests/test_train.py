@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import toy_vocabulary
 from helpers import ENV, ROOT, far, finished, flags, metrics, outcome, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -72,6 +73,7 @@ def test_responses_are_scored_where_they_stand(scene):
 SWITCHES = [
     ("loss", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"], {}),
     ("gate", ["none", "token", "block", "span", "sequence"], dict(span_min=2, span_max=6)),
+    ("advantage", ["old", "current"], {}),
     ("stat", ["mean", "absmean", "rms"], {}), ("tau", [0.5, 1, 2], {}), ("block", [2, 4, 8], {}),
     ("span_min", [2, 4], dict(gate="span", span_max=9)), ("span_max", [3, 9], dict(gate="span", span_min=2)),
     ("clip_low", [0, 0.01], {}), ("clip_high", [0, 0.01], {}), ("dual_clip", [0, 0.5], dict(clip_low=0)),
@@ -114,6 +116,31 @@ def test_an_update_lowers_the_loss_that_it_is_made_for(scene, loss):
     assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.parametrize("loss", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"])
+def test_merged_stop_tokens_are_one_outcome_whichever_the_teacher_prefers(pair, loss):
+    """A teacher with two stop tokens swapped gives every loss the same value if they are merged, and another if not."""
+    text = [1, 5, 6, 8, 9]
+    logits = AutoModelForCausalLM.from_pretrained(pair[0])(torch.tensor([text])).logits[0, -1]
+    ranked = [i for i in logits.argsort(descending=True).tolist() if i not in text]
+    stops = [ranked[0], ranked[-1]]  # one likely, one not, as with two models that each know only their own
+    rollouts = [rollout.Rollout(text[:2], [*text[2:], stop], [0.0] * 4, "stop") for stop in stops]
+    cpu, losses = torch.device("cpu"), {}
+    for merged in ([], stops):
+        cfg = parse(TrainConfig, flags(pair, "unused", loss=loss, topk=8))
+        vocabulary = toy_vocabulary(stops, merged)
+        student, teacher = (policy.load_policy(path, cfg, vocabulary, cpu, trainable=False) for path in pair[::-1])
+        weight = teacher.lm.get_input_embeddings().weight  # tied to the head
+        for swapped in (False, True):
+            weight.data[stops] = weight.data[stops[::-1] if swapped else stops]
+            head = policy.head_weights(teacher)
+            batch = data.collate(rollouts, cfg, vocabulary, cpu)
+            batch.teacher = teacher_targets(teacher, batch, cfg)
+            batch.logp_old = policy.token_logprobs(student, batch, 1.0) + 0.1
+            losses[bool(merged), swapped] = train.position_loss(student, batch, cfg, head)[1]
+    torch.testing.assert_close(losses[True, False], losses[True, True], rtol=1e-4, atol=1e-5)
+    assert (losses[False, False] - losses[False, True]).abs().max() > 1e-3
+
+
 # -----------------------------------------------------------------------------
 # the run
 
@@ -135,8 +162,8 @@ def test_resumed_run_is_the_run_that_was_not_stopped(pair, tmp_path):
 def test_sampler_out_of_step_stops_the_run(pair, tmp_path, monkeypatch):
     """Invariant 9: a sampler that keeps its first weights is found at the next step."""
 
-    def broken(cfg, path, model, tokenizer, vocab, **options):
-        sampler = make(cfg, path, None, tokenizer, vocab, **options)
+    def broken(cfg, path, model, *args, **options):
+        sampler = make(cfg, path, None, *args, **options)
         sampler.sync = lambda weights: None
         return sampler
 
@@ -222,7 +249,9 @@ def test_two_nodes_are_one_process(pair, tmp_path):
 def test_a_micro_batch_without_tokens_changes_nothing(scene):
     """A rank with fewer micro-batches than another takes part in its collectives with one of these."""
     student, teacher, (batches,), cfg, _ = scene(minibatches=1)
-    empty = data.collate([rollout.Rollout([1, 5], [6, 2], [0.0, 0.0], "stop")], cfg, set(), "cpu", empty=True)
+    empty = data.collate(
+        [rollout.Rollout([1, 5], [6, 2], [0.0, 0.0], "stop")], cfg, toy_vocabulary(), "cpu", empty=True
+    )
     empty.teacher = teacher_targets(teacher, empty, cfg)
     sgd = torch.optim.SGD(student.parameters(), lr=0.2)
     train.update(student, sgd, [*batches, empty], cfg)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import toy_vocabulary
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import toy
@@ -308,7 +309,7 @@ def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_d
             assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
     with pytest.raises(OSError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
         flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
-        ServerTeacher(url, parse(TrainConfig, flags), toy.tokenizer(), 42)
+        ServerTeacher(url, parse(TrainConfig, flags), toy.tokenizer(), toy_vocabulary())
     job = train(tmp_path / "dies", loss="lsm", steps=500, **small, teacher_url=url)
     while len(rows(tmp_path / "dies")) < 2:
         assert job.poll() is None
