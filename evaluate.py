@@ -42,6 +42,7 @@ from common import (
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
 from policy import full_weights, stop_ids_of, token_logprobs
+from teacher import LocalTeacher
 
 # Flags that change no sample, so that a folder may be used again with another value.
 NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory batch".split()
@@ -95,8 +96,10 @@ def evaluate(sampler, tokenizer, prompts, *, k, n=0, seed=0, batch=1024, **sampl
 def evaluate_student(run, cfg):
     """{metric: value} of the student in training (train.Run) on the held-out problems.
 
-    eval/gap estimates the reverse KL of student to teacher, in nats per token, on the student's own responses to at most
-    64 problems; they are sampled without top-p and top-k, since under a truncated distribution it would not be a KL.
+    eval/kl is the exact reverse KL of student to teacher at every position, and eval/gap its estimate from the sampled
+    tokens alone, both in nats per token, on the student's own responses to at most 64 problems; these are sampled without
+    top-p and top-k, since under a truncated distribution the gap would not estimate a KL. A teacher's server gives no
+    whole distribution, and so no eval/kl.
     """
     sampling, row = rollout.sampling_options(cfg), {}
     run.sampler.sync(full_weights(run.policy))
@@ -107,16 +110,22 @@ def evaluate_student(run, cfg):
         run.sampler.sleep()
         minibatches = data.make_minibatches(rollouts, cfg, 0, run.vocabulary, run.device, rank(), world_size())
         batches = [batch for minibatch in minibatches for batch in minibatch]
-        total = torch.zeros(2)  # sum of log p - log q, number of tokens
-        for batch, targets in zip(batches, run.teacher.targets(batches), strict=True):
-            with torch.no_grad():
-                gap = token_logprobs(run.policy, batch, cfg.temperature).cpu() - targets["logq_sampled"]
-            total += torch.tensor([gap.sum(), gap.numel()])
-        total = sum(gather(total))
-        scores["gap"] = (total[0] / total[1]).item()
+        with torch.no_grad():
+            logp = [token_logprobs(run.policy, batch, cfg.temperature).cpu() for batch in batches]
+        logq = [targets["logq_sampled"] for targets in run.teacher.targets(batches)]
+        scores["gap"] = mean_on_all_ranks([p - q for p, q in zip(logp, logq, strict=True)])
+        if isinstance(run.teacher, LocalTeacher):
+            scores["kl"] = mean_on_all_ranks(run.teacher.reverse_kl(run.policy, batches))
         prefix = "eval" if len(run.held_out) == 1 else f"eval/{name}"
         row |= {f"{prefix}/{key}": x for key, x in scores.items()}
     return row
+
+
+def mean_on_all_ranks(parts) -> float:
+    """The mean over all elements of the tensors [n] that all ranks hold."""
+    n_and_sum = torch.tensor([[part.numel(), part.double().sum()] for part in parts], dtype=torch.float64).sum(0)
+    n, total = sum(gather(n_and_sum))
+    return (total / n).item()
 
 
 # -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 
 PANELS = {  # title: a regular expression for the names of the metrics in the panel
     "loss": "loss",
-    "reverse KL to the teacher, nats/token": "gap|eval/.*gap",
+    "reverse KL to the teacher, nats/token": "gap|eval/.*kl",
     "absolute drift since sampling, nats": "gate/(drift_abs|s_abs)",
     "gates (1: no drift)": "gate/(mean|ess|p05)",
     "share of held-out problems solved": "eval/.*(pass|mean)@.*",

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES
-from losses import head_topk
+from losses import head_kl, head_topk
 from policy import head_weights, load_policy
 
 REQUESTS = 32  # in flight, from each rank
@@ -45,6 +45,25 @@ class LocalTeacher:
         if self.cfg.teacher_offload:
             self.policy.to("cpu")
         return targets
+
+    @torch.no_grad()
+    def reverse_kl(self, student, batches):
+        """The exact KL(student || teacher) at each response token, in nats, on the host: [N] for each micro-batch."""
+        if self.cfg.teacher_offload:
+            self.policy.to(self.device)
+        weight_t, bias_t = head_weights(self.policy)
+        kl = []
+        for batch in batches:
+            hidden_t = self.policy(batch.ids, batch.rows, batch.cols, lambda hidden, weight, bias: hidden)
+
+            def on_hidden(hidden, weight, bias, hidden_t=hidden_t):
+                options = student.head_options(self.cfg.temperature)
+                return head_kl(hidden, weight, hidden_t, weight_t, bias, bias_t, **options)[0]
+
+            kl.append(student(batch.ids, batch.rows, batch.cols, on_hidden).cpu())
+        if self.cfg.teacher_offload:
+            self.policy.to("cpu")
+        return kl
 
 
 @torch.no_grad()

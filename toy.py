@@ -9,7 +9,7 @@ The teacher is trained on correct sums. The student is smaller and is trained on
 so it learns to drop them, too. It still gives the correct token some probability, which is what a teacher can bring
 out: an easy case for distillation, on purpose. Both models are trained on first use and kept in out/toy/.
 
-    python toy.py                      trains the two models if necessary, and prints where they are
+    python toy.py [SEED]               trains the two models if necessary, and prints where they are
 """
 
 import fcntl
@@ -18,6 +18,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,10 +31,17 @@ OPERANDS = 6
 HELD_OUT = 2**64 - 1  # the seed of the held-out problems; no run is likely to use it as its own
 
 VERSION = 1  # part of the cache's key: raise it when traces(), batches(), model() or train() give something else
-RECIPE = {
-    "teacher": dict(hidden=128, heads=4, layers=2, steps=800, lr=3e-3, drop=0.0, seed=7),
-    "student": dict(hidden=64, heads=2, layers=3, steps=500, lr=4e-3, drop=0.7, seed=7),
-}
+
+
+def recipe_of(seed) -> dict:
+    """{role: what train() takes} of the pair with this seed: its initial weights and its pre-training data."""
+    return {
+        "teacher": dict(hidden=128, heads=4, layers=2, steps=800, lr=3e-3, drop=0.0, seed=seed),
+        "student": dict(hidden=64, heads=2, layers=3, steps=500, lr=4e-3, drop=0.7, seed=seed),
+    }
+
+
+RECIPE = recipe_of(7)  # the default pair
 
 
 def problems(n: int, seed: int, operands: int = OPERANDS) -> list[tuple[str, str]]:
@@ -201,6 +209,6 @@ def train_missing(root: Path, recipe: dict):
 
 
 if __name__ == "__main__":
-    teacher, student = models()
+    teacher, student = models(recipe=recipe_of(int(sys.argv[1])) if sys.argv[1:] else RECIPE)
     question, answer = problems(1, HELD_OUT)[0]
     print(f"teacher: {teacher}\nstudent: {student}\na problem: {question}  answer: {answer}")

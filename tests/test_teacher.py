@@ -72,6 +72,16 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def test_reverse_kl_is_that_of_all_logits_at_every_position(pair, scene):
+    student, scoring, (batches, *_), cfg, _ = scene(loss="opd", micro_tokens=70, temperature=0.7)
+    found = teacher.LocalTeacher(scoring, cfg, torch.device("cpu")).reverse_kl(student, batches)
+    for batch, kl in zip(batches, found, strict=True):
+        logp, logq = (
+            m.lm(batch.ids).logits[batch.rows, batch.cols].div(0.7).log_softmax(-1) for m in (student, scoring)
+        )
+        torch.testing.assert_close(kl, (logp.exp() * (logp - logq)).sum(-1), rtol=1e-4, atol=1e-6)
+
+
 @pytest.fixture
 def server(pair):
     with Server(pair[0]) as it:

@@ -186,7 +186,12 @@ def test_command_line_end_to_end(pair, tmp_path):
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]  # an evaluation is a line of its own
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
-    assert {"eval/pass@2", "eval/mean@2"} <= rows[0].keys() and {"loss", "gap", "gate/ess", "lr"} <= rows[1].keys()
+    assert {"eval/pass@2", "eval/mean@2", "eval/gap", "eval/kl"} <= rows[0].keys() and {
+        "loss",
+        "gap",
+        "gate/ess",
+        "lr",
+    } <= rows[1].keys()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "final")
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template
     assert all((tmp_path / "run" / name).stat().st_size > 5000 for name in ("curves.png", "gates.png"))
