@@ -1,10 +1,38 @@
-"""Tables and figures of study.jsonl, which study.run writes."""
+"""Tables and figures of a study.jsonl, which study.run writes. Every number is recomputed from its lines.
+
+Intervals. The unit is a pair of models: a difference between two cells of the same pair and training seed is averaged over
+the seeds, and Student's t over the pairs' means gives the 95 % interval and the p-value. In a balanced design that is the
+mixed model with a random effect for each pair. It covers other pairs of the same kind as well as other training seeds,
+and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed.
+"""
 
 from pathlib import Path
 
 import numpy as np
+from scipy import stats
 
 from common import read_jsonl
+from plot import pyplot
+
+ARMS = ("opd_old", "opd_current", "lsm")
+REUSES = ("heavy", "light")
+GATES = ("none", "block", "span", "token", "sequence")
+EPOCHS = (1, 2, 4, 8, 16)  # of the dose-response
+METRICS = {  # name in the lines: (title, factor, decimals)
+    "kl": ("exact reverse KL to the teacher, 0.001 nats per token; lower is better", 1000, 0),
+    "pass@": ("pass@k, %", 100, 1),
+    "mean@": ("mean@k, %", 100, 1),
+}
+# Named before the runs. Each is a difference, (arm, gate) minus (arm, gate), at one level of reuse.
+QUESTIONS = [
+    *[("current advantage against old, no gate", reuse, ("opd_current", "none"), ("opd_old", "none")) for reuse in REUSES],
+    *[("block gate against none", reuse, (arm, "block"), (arm, "none")) for reuse in REUSES for arm in ARMS],
+    *[("span gate against none", "light", (arm, "span"), (arm, "none")) for arm in ("opd_old", "lsm")],
+    *[("block gate against span", "light", (arm, "block"), (arm, "span")) for arm in ("opd_old", "lsm")],
+]  # fmt: skip
+
+# -----------------------------------------------------------------------------
+# numbers
 
 
 def read(path) -> dict:
@@ -18,5 +46,195 @@ def score(line, metric, when="end") -> float:
     return float(np.mean(values))
 
 
+def scores(lines, arm, reuse, gate, metric) -> dict:
+    """{(pair, seed): the metric after training}."""
+    found = {}
+    for name, line in lines.items():
+        pair, *cell, seed = name.split("/")
+        if cell == [arm, reuse, gate]:
+            found[pair, seed] = score(line, metric)
+    return found
+
+
+def by_unit(values) -> list[float]:
+    """Means over each pair's seeds, of {(pair, seed): x}; with a single pair, the seeds' values themselves."""
+    pairs = sorted({pair for pair, _ in values})
+    if len(pairs) == 1:
+        return list(values.values())
+    return [float(np.mean([x for (p, _), x in values.items() if p == pair])) for pair in pairs]
+
+
+def difference(lines, reuse, ours, base, metric):
+    """(units' differences, mean, low, high, p-value); NaN where there are fewer than two units. ours, base: (arm, gate)."""
+    a = scores(lines, ours[0], reuse, ours[1], metric)
+    b = scores(lines, base[0], reuse, base[1], metric)
+    units = by_unit({cell: a[cell] - b[cell] for cell in a.keys() & b.keys()})
+    if len(units) < 2:
+        return units, np.nan, np.nan, np.nan, np.nan
+    test = stats.ttest_1samp(units, 0)
+    low, high = test.confidence_interval(0.95)
+    return units, float(np.mean(units)), low, high, test.pvalue
+
+
+def holm(p_values) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of any false claim stays below the level."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        corrected[i] = largest
+    return corrected
+
+
+# -----------------------------------------------------------------------------
+# tables, in Markdown
+
+
+def markdown(header, body) -> str:
+    rows = [header, ["---"] * len(header), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def with_interval(mean, low, high, metric) -> str:
+    """Scaled and rounded; bold if the interval excludes zero."""
+    if np.isnan(low):
+        return "-"
+    _, factor, decimals = METRICS[metric]
+    text = f"{factor * mean:+.{decimals}f} [{factor * low:.{decimals}f}, {factor * high:.{decimals}f}]"
+    return f"**{text}**" if low * high > 0 else text
+
+
+def gate_table(lines, metric) -> str:
+    """A row for each gate: ungated, the mean over pairs (and their range); the others as differences from it."""
+    columns = [(arm, reuse) for reuse in REUSES for arm in ARMS if scores(lines, arm, reuse, "none", metric)]
+    _, factor, decimals = METRICS[metric]
+    body = []
+    for gate in GATES:
+        row = [gate]
+        for arm, reuse in columns:
+            if gate == "none":
+                units = [factor * x for x in by_unit(scores(lines, arm, reuse, gate, metric))]
+                row.append(f"{np.mean(units):.{decimals}f} ({min(units):.{decimals}f} to {max(units):.{decimals}f})")
+            else:
+                _, mean, low, high, _ = difference(lines, reuse, (arm, gate), (arm, "none"), metric)
+                row.append(with_interval(mean, low, high, metric))
+        if set(row[1:]) != {"-"}:
+            body.append(row)
+    return markdown(["gate", *[f"{arm}, {reuse}" for arm, reuse in columns]], body)
+
+
+def question_table(lines) -> str:
+    """The named questions: difference, interval, and p-value, alone and after Holm's correction, for KL and pass@k."""
+    body = [[f"{text}: {ours[0]}, {reuse} reuse"] for text, reuse, ours, _ in QUESTIONS]
+    for metric in ("kl", "pass@"):
+        results = [difference(lines, reuse, ours, base, metric) for _, reuse, ours, base in QUESTIONS]
+        answered = [i for i, result in enumerate(results) if not np.isnan(result[4])]
+        corrected = dict(zip(answered, holm([results[i][4] for i in answered]), strict=True))
+        for i, (_, mean, low, high, p) in enumerate(results):
+            body[i].append(with_interval(mean, low, high, metric))
+            body[i].append(f"{p:.3f}, {corrected[i]:.3f}" if i in corrected else "-")
+    return markdown(["question", "KL, 0.001 nats", "p, Holm", "pass@k, points", "p, Holm"], body)
+
+
+def dose_table(lines, metric) -> str:
+    """A row for each number of epochs per rollout batch, with the rollout batches that it took: mean (range) over pairs."""
+    columns = [(arm, gate) for gate in ("none", "block") for arm in ("opd_old", "opd_current")]
+    _, factor, decimals = METRICS[metric]
+    body = []
+    for epochs in EPOCHS:
+        row = [f"{epochs}", f"{96 // epochs}"]
+        for arm, gate in columns:
+            values = [factor * x for x in scores(lines, arm, f"dose_{epochs}", gate, metric).values()]
+            row.append(
+                f"{np.mean(values):.{decimals}f} ({min(values):.{decimals}f} to {max(values):.{decimals}f})"
+                if values
+                else "-"
+            )
+        body.append(row)
+    return markdown(["epochs", "rollout batches", *[f"{arm}, {gate}" for arm, gate in columns]], body)
+
+
+def noise(lines) -> str:
+    """How much the two estimates of the KL differ between 64 responses and the next 64, for one and the same student."""
+    starts = [line["start"] for name, line in lines.items() if "/noise/" in name]
+    if len(starts) < 2:
+        return ""
+    kl, gap = (np.std([start[metric] for start in starts], ddof=1) for metric in ("kl", "gap"))
+    return (
+        f"Standard deviation over {len(starts)} draws of 64 responses of one student, nats per token: exact KL {kl:.4f}, "
+        f"estimate from the sampled tokens {gap:.4f}, {gap / kl:.1f} times as much"
+    )
+
+
+# -----------------------------------------------------------------------------
+# figures
+
+
+def draw_effects(lines, path):
+    """Each gate's difference from no gate in KL: a dot for each pair, the mean and its 95 % interval."""
+    plt = pyplot()
+    figure, axes = plt.subplots(len(REUSES), len(ARMS), figsize=(10, 5), sharey=True, layout="constrained")
+    for row, reuse in zip(axes, REUSES, strict=True):
+        for ax, arm in zip(row, ARMS, strict=True):
+            ax.axvline(0, color="black", linewidth=0.8)
+            for i, gate in enumerate(GATES[1:]):
+                units, mean, low, high, _ = difference(lines, reuse, (arm, gate), (arm, "none"), "kl")
+                ax.plot(1000 * np.array(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
+                if not np.isnan(low):
+                    color = "C0" if low * high <= 0 else "C2" if mean < 0 else "C3"
+                    ax.plot([1000 * low, 1000 * high], [i, i], color=color)
+                    ax.plot(1000 * mean, i, "o", color=color, markersize=5)
+            ax.set(title=f"{arm}, {reuse} reuse", yticks=range(len(GATES) - 1), ylim=(len(GATES) - 1.5, -0.5))
+            ax.set_yticklabels(GATES[1:])
+            ax.grid(alpha=0.3, axis="x")
+    for ax in axes[-1]:
+        ax.set_xlabel("KL over no gate, 0.001 nats (left: better)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_doses(lines, path):
+    """Quality against the number of rollout batches that were sampled, for as many updates; the line is the pairs' mean."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    batches = [96 // epochs for epochs in EPOCHS]
+    for ax, metric in zip(axes, ("kl", "pass@"), strict=True):
+        title, factor, _ = METRICS[metric]
+        for color, arm in (("C1", "opd_old"), ("C0", "opd_current")):
+            for style, marker, gate in (("-", "o", "none"), ("--", "s", "block")):
+                values = [list(scores(lines, arm, f"dose_{e}", gate, metric).values()) for e in EPOCHS]
+                means = [factor * np.mean(x) if x else np.nan for x in values]
+                ax.plot(batches, means, style, marker=marker, color=color, label=f"{arm}, gate {gate}")
+                for x, dots in zip(batches, values, strict=True):
+                    ax.plot([x] * len(dots), factor * np.array(dots), ".", color=color, alpha=0.3, markersize=4)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(batches, [f"{b}\n({e})" for b, e in zip(batches, EPOCHS, strict=True)])
+        ax.set(title=title.split(";")[0], xlabel="rollout batches sampled (epochs on each)")
+        ax.grid(alpha=0.3)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def report(path: Path):
-    print(f"{len(read(path))} cells in {path}")
+    """Prints the tables, and writes effects.png and doses.png beside study.jsonl."""
+    lines = read(path)
+    print(f"{len(lines)} cells, {sum(line['seconds'] for line in lines.values()) / 3600:.1f} hours of runs")
+    print("commit and hardware:", *sorted({f"{x['commit']}, {x['hardware']}" for x in lines.values()}), sep="\n  ")
+    pairs = {
+        "toy pairs": {name: line for name, line in lines.items() if name.split("/")[0].isdigit()},
+        "another pair": {name: line for name, line in lines.items() if not name.split("/")[0].isdigit()},
+    }
+    for which, part in pairs.items():
+        for metric, (title, _, _) in METRICS.items():
+            if part:
+                print(f"\n### {which}: {title}\n\n{gate_table(part, metric)}")
+    toy = pairs["toy pairs"]
+    if toy:
+        print(f"\n### the questions\n\n{question_table(toy)}")
+        for metric in ("kl", "pass@"):
+            print(f"\n### dose-response: {METRICS[metric][0]}\n\n{dose_table(toy, metric)}")
+        print(f"\n{noise(toy)}")
+        draw_effects(toy, path.parent / "effects.png")
+    if any("/dose_" in name for name in toy):
+        draw_doses(toy, path.parent / "doses.png")

@@ -1,66 +1,81 @@
-"""python -m pytest tests/test_study.py      (two cells of a study, random models)"""
+"""python -m pytest tests/test_study.py      (the cells, the statistics, and two cells of a study with random models)"""
 
 import json
 import math
 
+import numpy as np
 import pytest
 
+from study import report
 from study import run as study
 
 
 def lines(values):
-    """Finished cells {LOSS/REUSE/VARIANT/SEED: mean@8}."""
+    """Finished cells {PAIR/ARM/REUSE/GATE/SEED: KL}."""
     return {
-        name: dict(cell=name, end={"mean@8": x, "pass@8": x, "gap": x}, seconds=1, commit="c", hardware="h", ess=[1.0])
-        for name, x in values.items()
+        name: {"cell": name, "end": {"kl": x, "pass@8": x, "mean@8": x}, "seconds": 1} for name, x in values.items()
     }
 
 
-def test_differences_are_paired_by_seed_with_students_interval():
-    """By hand: differences .1, .2, .3: mean .2, standard deviation .1, t(2) = 4.303."""
-    none = {f"lsm/heavy/none/{i}": x for i, x in enumerate((0.5, 0.1, 0.3, 0.9))}
-    block = {f"lsm/heavy/block/{i}": x for i, x in enumerate((0.6, 0.3, 0.6))}
-    diffs, mean, half = study.paired(lines(none | block), "lsm", "heavy", "block", "mean@")
-    assert diffs == pytest.approx([0.1, 0.2, 0.3]) and mean == pytest.approx(0.2)
-    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
-    table = study.table(lines(none | block), "mean@")
-    assert "45.0 ± 34.2 (4)" in table and "+20.0 [-4.8, 44.8] (3)" in table
-    sure = {f"lsm/heavy/span/{i}": none[f"lsm/heavy/none/{i}"] + 0.1 + 0.001 * i for i in range(3)}
-    assert "**+10.1 [9.9, 10.3]** (3)" in study.table(lines(none | sure), "mean@")
-    assert study.certain(lines(none | block | sure), "mean@") == (1, 2)
+def test_a_difference_is_paired_by_seed_averaged_by_pair_and_has_students_interval():
+    """By hand: pairs differ by (.1 + .3) / 2, .1 and .3: mean .2, standard deviation .1, t(2) = 4.303."""
+    base = {"7/lsm/heavy/none/0": 0.5, "7/lsm/heavy/none/1": 0.1, "8/lsm/heavy/none/0": 0.3, "9/lsm/heavy/none/0": 0.2}
+    gated = {"7/lsm/heavy/block/0": 0.6, "7/lsm/heavy/block/1": 0.4, "8/lsm/heavy/block/0": 0.4}
+    gated |= {"9/lsm/heavy/block/0": 0.5, "9/lsm/heavy/block/1": 9.0}  # the last has no partner
+    arguments = "heavy", ("lsm", "block"), ("lsm", "none"), "kl"
+    units, mean, low, high, p = report.difference(lines(base | gated), *arguments)
+    assert units == pytest.approx([0.2, 0.1, 0.3]) and mean == pytest.approx(0.2)
+    half = 4.303 * 0.1 / math.sqrt(3)
+    assert (low, high) == (pytest.approx(0.2 - half, abs=1e-4), pytest.approx(0.2 + half, abs=1e-4))
+    assert p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3): 1 - t / sqrt(t^2 + 2), in closed form for t(2)
+    assert "+200 [-48, 448]" in report.gate_table(lines(base | gated), "kl")
+    seeds = {name: x for name, x in (base | gated).items() if name.startswith("7")}
+    assert sorted(report.difference(lines(seeds), *arguments)[0]) == pytest.approx([0.1, 0.3])  # one pair: its seeds
+    assert np.isnan(report.difference(lines({}), *arguments)[1])
 
 
-def test_cells_of_one_seed_differ_in_the_gate_alone():
-    args = study.argparse.Namespace(size="tiny", flags="", seeds=5, sweep_seeds=3, probes=1)
-    cells = study.cells(args)
-    count = {v: sum(name.split("/")[2] == v for name in cells) for v in (*study.MAIN, *study.SWEEP, "probe")}
-    assert all(count[v] == 4 * 5 for v in study.MAIN) and all(count[v] == 4 * 3 for v in study.SWEEP)
-    assert not any(" " in name for name in cells)  # they are folders and parts of commands
-    assert count["probe"] == 4 and len(set(cells.values())) == len(cells) - 4  # a probe repeats an ungated run
-    none, block = (cells[f"opd/heavy/{v}/2"].split() for v in ("none", "block"))
+def test_holm_by_hand():
+    assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert report.holm([0.6, 0.5]) == [1.0, 1.0]
+
+
+def test_cells_of_one_pair_and_seed_differ_in_the_gate_alone():
+    cells = study.cells("tiny", 2, [7, 8, 9])
+    n_main, n_noise, n_dose = 3 * 2 * 3 * 2 * 5, 10, 3 * 2 * 5 * 2  # pairs x seeds x arms x reuses x gates, ...
+    assert len(cells) == n_main + n_noise + n_dose
+    assert len(set(cells.values())) == len(cells) / 3 + 10 * 2 / 3  # only --student and --teacher differ between pairs
+    none, block = (cells[f"8/opd_old/heavy/{gate}/1"].split() for gate in ("none", "block"))
     assert [(a, b) for a, b in zip(none, block, strict=True) if a != b] == [("none", "block")]
+    for flags in study.DOSES.values():  # as many updates at every dose
+        words = flags.split()
+        assert int(words[1]) * int(words[3]) == 96
 
 
-def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_path, monkeypatch):
+def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_path, capsys):
     small = dict(teacher=pair[0], student=pair[1], prompts=2, group=2, max_response=12, steps=2, eval_problems=4, k=2)
-    flags = " ".join(f"--{name} {x}" for name, x in small.items())
-    monkeypatch.setattr(study, "PAIRS", [("lsm", "heavy")])
-    monkeypatch.setattr(study, "MAIN", ("none",))
-    monkeypatch.setattr(study, "SWEEP", {"tau_3": study.SWEEP["tau_3"]})
-    argv = ["--flags", flags, "--seeds", "1", "--sweep_seeds", "1", "--jobs", "2"]
-    study.main([*argv, "--out", str(tmp_path / "a")])
-    path = tmp_path / "a" / "study.jsonl"
-    cell, probe, tau = sorted(study.read(path), key=lambda line: line["cell"])
-    assert tau["cell"] == "lsm/heavy/tau_3/0" and tau["ess"] != cell["ess"]
-    assert cell["end"] == probe["end"] and cell["checksum"] == probe["checksum"]  # a probe only looks
-    assert all((tmp_path / "a" / name).stat().st_size > 5000 for name in ("effects.png", "diagnostics.png"))
-    by_epoch = probe["epochs"]
-    assert by_epoch.keys() == set("012345") and by_epoch["5"]["none/cos"] == pytest.approx(1, abs=1e-3)
-    assert by_epoch["5"]["token/cos"] < 1 and 0 <= by_epoch["5"]["cancelled"] <= 1
-    path.write_text(json.dumps(tau) + "\n" + json.dumps(cell) + "\n" + json.dumps(probe)[:40])  # killed while it wrote
-    study.main([*argv, "--out", str(tmp_path / "a")])
-    again = study.read(path)
-    assert again[:2] == [tau, cell] and len(again) == 3 and again[2]["end"] == probe["end"]  # one cell was run again
-    assert study.probe_table({"probe": probe}).count("\n") == 2
-    study.main([*argv, "--only", "probe", "--seeds", "9", "--out", str(tmp_path / "a")])
-    assert len(study.read(path)) == 3  # the probe is there, and nothing else is wanted
+    argv = ["--size", "real", "--seeds", "1", "--out", str(tmp_path)]
+    argv += ["--flags", " ".join(f"--{name} {x}" for name, x in small.items())]
+    study.main([*argv, "--only", "lsm", "--jobs", "2"])
+    path = tmp_path / "study.jsonl"
+    none, block = sorted(report.read(path).values(), key=lambda line: line["cell"], reverse=True)
+    assert none["start"] == block["start"] and none["end"] != block["end"] and min(block["ess"]) < 1 == min(none["ess"])
+    path.write_text(json.dumps(block) + "\n" + json.dumps(none)[:40])  # killed while it wrote the second line
+    study.main([*argv, "--only", "lsm"])
+    again = report.read(path)[none["cell"]]
+    assert (again["end"], again["checksum"]) == (none["end"], none["checksum"])
+    assert "2 cells are in" not in capsys.readouterr().out.splitlines()[-1]
+    assert study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm", jobs=1, out=tmp_path)) == path
+
+
+def test_the_report_of_the_committed_cells_has_every_table_and_figure(tmp_path, capsys):
+    gates = {g: 0.1 * i for i, g in enumerate(report.GATES)}
+    cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip
+    cells |= {f"{pair}/{arm}/dose_{e}/{gate}/0": 1 / e for pair in "789" for arm in report.ARMS[:2] for e in report.EPOCHS for gate in ("none", "block")}  # fmt: skip
+    extra = {"commit": "c", "hardware": "h", "start": {"kl": 1.0, "gap": 2.0}}
+    path = tmp_path / "study.jsonl"
+    path.write_text("".join(json.dumps(line | extra) + "\n" for line in lines(cells).values()))
+    study.main(["--report", str(path)])
+    out = capsys.readouterr().out
+    assert "**+800 [552, 1048]**" in out  # block: .1 times 7, 8 and 9
+    assert "| 16 | 6 | 62 (62 to 62) |" in out
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
