@@ -37,7 +37,24 @@ ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # or reward_mode
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # also .jsonl.gz, .json.gz and .csv.gz
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
-PLAIN = "Question: {question}\n" + INSTRUCTION + "\nAnswer:"
+# What surrounds the question in DAPO-Math-17k's messages. load() takes it off, so that training and evaluation, whose
+# benchmarks are bare questions, ask in the same way.
+DAPO_BEFORE = (
+    "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
+    "(without quotes) where $Answer is the answer to the problem.\n\n"
+)
+DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
+# --template: how a bare question is asked. docs/gpus.md says what is known about them.
+CHAT_TEMPLATES = {  # a user's message in the tokenizer's chat template
+    "chat": "{question}\n" + INSTRUCTION,
+    "think": "{question}\nReason step by step within <think> </think> tags, then put your final answer within \\boxed{}.",
+    "dapo": DAPO_BEFORE + "{question}" + DAPO_AFTER,
+}
+TEXT_TEMPLATES = {
+    "plain": "Question: {question}\n" + INSTRUCTION + "\nAnswer:",
+    "solution": "{question}\n\nSolution:",
+    "raw": "{question}",
+}
 MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
 # -----------------------------------------------------------------------------
@@ -75,6 +92,7 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
         prompt = row.get(prompt_column)
         if not (is_text(prompt) or is_chat(prompt)):
             raise ValueError(f"{name}, row {number}: {prompt_column} {prompt!r} is neither text nor chat messages")
+        prompt = bare_question(prompt)
         answer = row.get(answer_column) if answer_column in columns else ""
         if isinstance(answer, dict):
             answer = answer.get("ground_truth")
@@ -164,6 +182,14 @@ def read_text_rows(path: Path, suffix: str) -> list[dict]:
     return rows
 
 
+def bare_question(prompt):
+    """The question without DAPO's instruction; any other prompt as it is."""
+    text = prompt[0]["content"] if is_chat(prompt) and len(prompt) == 1 else ""
+    if text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER):
+        return text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
+    return prompt
+
+
 def is_text(prompt):
     return isinstance(prompt, str) and bool(prompt.strip())
 
@@ -182,24 +208,24 @@ def is_chat(prompt):
 
 
 def encode(problem: Problem, tokenizer, template: str = "auto", template_args: str = "{}") -> list[int]:
-    """Prompt token ids. template: auto, chat, plain, raw, or a text with {question}.
+    """Prompt token ids. template: auto, a name in CHAT_TEMPLATES or TEXT_TEMPLATES, or a text with {question}.
 
-    auto is the tokenizer's chat template if it has one, else plain. Chat messages pass as they are, and an assistant's
-    message at the end is continued; a bare question gets the instruction to reason and to box the answer. The other
-    templates take the text of all messages; raw adds nothing to it but BOS. template_args: JSON for the chat template's
-    own switches. ValueError if the chat template refuses the messages.
+    auto is chat if the tokenizer has a chat template, else plain. A prompt of messages passes through the chat template
+    as it is, whose last message is continued if it is an assistant's; templates that are texts take the text of all
+    messages. template_args: JSON for the chat template's own switches. ValueError if the chat template refuses the
+    messages, or there is none.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
     is_bare = isinstance(problem.prompt, str)
-    if template == "chat":
-        messages = [{"role": "user", "content": f"{problem.prompt}\n{INSTRUCTION}"}] if is_bare else problem.prompt
+    if template in CHAT_TEMPLATES:
+        messages = problem.prompt
+        if is_bare:
+            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", problem.prompt)}]
         return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
-    text = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
-    if template != "raw":
-        pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
-        text = pattern.replace("{question}", text)
-    ids = tokenizer(text)["input_ids"]
+    question = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
+    pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
+    ids = tokenizer(pattern.replace("{question}", question))["input_ids"]
     has_two_bos = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if has_two_bos else ids  # the template's text began with BOS, and the tokenizer added another
 

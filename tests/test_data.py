@@ -8,12 +8,13 @@ from conftest import toy_vocabulary
 from datasets import Dataset
 from helpers import SHARED
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import data
 import gating
 import toy
-from configs import TrainConfig
+from configs import TEMPLATES, TrainConfig
+from policy import end_of_turn, stop_ids
 from rollout import Rollout
 
 REAL = SHARED / "data"
@@ -45,6 +46,47 @@ def test_real_benchmarks_load():
         problems = data.load(str(REAL / f"{name}.jsonl"))
         assert len(problems) == count and len({p.id for p in problems}) == count
         assert all(p.answer and isinstance(p.prompt, str) for p in problems)
+
+
+def dapo_row(question):
+    """A row as DAPO-Math-17k has it."""
+    content = f"{data.DAPO_BEFORE}{question}{data.DAPO_AFTER}"
+    return {"prompt": [{"role": "user", "content": content}], "reward_model": {"ground_truth": "34", "style": "rule"}}
+
+
+@needs_real
+def test_a_question_is_asked_alike_in_training_and_evaluation_with_the_real_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen3_tokenizer")
+    benchmark = data.load(str(REAL / "math500.jsonl"))[:50]
+    rows = [dapo_row(problem.prompt) for problem in benchmark]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = data.load(str(tmp_path / "train.jsonl"), seed=0)
+    assert {p.prompt for p in train} == {p.prompt for p in benchmark}
+    for template in TEMPLATES:
+        prompts = [{tuple(data.encode(p, tokenizer, template)) for p in problems} for problems in (train, benchmark)]
+        assert prompts[0] == prompts[1]
+    question = benchmark[0].prompt
+    text = {name: tokenizer.decode(data.encode(benchmark[0], tokenizer, name)) for name in TEMPLATES}
+    turn = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    assert text["auto"] == text["chat"] == turn.format(f"{question}\n{data.INSTRUCTION}")
+    assert text["dapo"] == turn.format(rows[0]["prompt"][0]["content"])
+    assert "<think>" in text["think"] and "\\boxed{}" in text["think"]
+    assert text["solution"] == f"{question}\n\nSolution:" and text["raw"] == question
+    lengths = [len(data.encode(p, tokenizer)) for p in data.load(str(REAL / "math500.jsonl"))]
+    assert max(lengths) < 1024  # --max_prompt 2048 leaves none out
+
+
+@needs_real
+def test_stops_and_newlines_of_the_real_tokenizer():
+    tokenizer = AutoTokenizer.from_pretrained(REAL / "qwen3_tokenizer")
+    assert end_of_turn(tokenizer) == [151645]
+    base = GenerationConfig(eos_token_id=151643)  # what Qwen3-1.7B-Base's file says
+    assert stop_ids(tokenizer, base) == [151643, 151645]
+    newlines = data.newline_token_ids(tokenizer, len(tokenizer))
+    text = "So x = 2.\n\nThen y = 3,\n so z."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert [i in newlines for i in ids] == ["\n" in tokenizer.decode([i]) for i in ids]
+    assert sum(i in newlines for i in ids) == 2 and len(newlines) > 1000
 
 
 def test_known_columns(tmp_path):
@@ -79,7 +121,7 @@ def test_templates(bpe):
     assert tok.decode(data.encode(question, tok, "raw")) == "<bos>1+1"
     assert tok.decode(data.encode(question, tok, "{question}=?\\n")) == "<bos>1+1=?\n"
     plain = bpe.decode(data.encode(question, bpe))  # no chat template: question, instruction, answer
-    assert plain == data.PLAIN.replace("{question}", "1+1") and "\\boxed{}" in plain
+    assert plain == data.TEXT_TEMPLATES["plain"].replace("{question}", "1+1") and "\\boxed{}" in plain
     bpe.chat_template = "{% for m in messages %}[{{ m.content }}]{% endfor %}{% if add_generation_prompt %}>{% endif %}"
     assert bpe.decode(data.encode(question, bpe)) == f"[1+1\n{data.INSTRUCTION}]>"
     assert bpe.decode(data.encode(chat, bpe)) == "[1+1=?]>"
