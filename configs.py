@@ -73,7 +73,7 @@ class TrainConfig:
     renormalise: bool = arg(True, "lsm, fkl_topk: softmax over the support on both sides; false: the true probabilities")
     beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m), m = beta teacher + (1 - beta) student", low=0, high=1)
 
-    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf", may_change=True, section="rollouts")
+    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm on a GPU, hf on a CPU", may_change=True, section="rollouts")
     prompts: int = arg(4, "prompts in a step, over all ranks", low=1)
     group: int = arg(8, "responses to a prompt", low=1)
     temperature: float = arg(1.0, "of sampling, and of every distribution in the loss")
@@ -81,7 +81,7 @@ class TrainConfig:
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     max_response: int = arg(16384, "tokens", low=1)
     tp: int = arg(1, "vllm: neighbouring ranks that share one engine, for a student too large for one GPU", low=1, may_change=True)
-    vllm_memory: float = arg(0.4, "share of a GPU's memory that vLLM may take, in (0, 1]", high=1, may_change=True)
+    vllm_memory: float = arg(0.55, "share of a GPU's memory that vLLM may take, in (0, 1]", high=1, may_change=True)
 
     steps: int = arg(200, "rollout batches", low=1, may_change=True, section="optimisation")
     epochs: int = arg(2, "passes over each rollout batch", low=1)
@@ -128,7 +128,7 @@ class EvalConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]", high=1)
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     max_tokens: int = arg(16384, "tokens of a response; less if the model's context is shorter", low=1)
-    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm where it can run, else hf")
+    rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm on a GPU, hf on a CPU")
     vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take, in (0, 1]", high=1)
     batch: int = arg(1024, "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster", low=1)
     seed: int = arg(0, "of the samples", low=0, high=2**63 - 1)

@@ -11,6 +11,7 @@ the trainer's random state. Only rounding differs with the batch, and may decide
 
 import importlib.util
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather, rank, rng_state, say, set_rng_state, world_size
+from common import gather, one_line, rank, rng_state, say, set_rng_state, world_size
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -186,10 +187,23 @@ class VLLMSampler:
     """A vLLM engine in this process, on this rank's device. All ranks build theirs together.
 
     max_len: tokens of prompt and response; 0: the model's context. memory: share of the GPU's. tp: so many neighbouring
-    ranks share an engine's work, and call sample and sync together.
+    ranks share an engine's work, and call sample and sync together. max_num_seqs: responses in work at once; vLLM's own
+    default on a large GPU is 1024, and it sets memory aside for the logits of as many.
     """
 
-    def __init__(self, path, stops, vocab, *, max_len=0, memory=0.4, tp=1, trust=False, should_stop=lambda: False):
+    def __init__(
+        self,
+        path,
+        stops,
+        vocab,
+        *,
+        max_len=0,
+        memory=0.4,
+        tp=1,
+        max_num_seqs=256,
+        trust=False,
+        should_stop=lambda: False,
+    ):
         if world_size() % tp:
             raise ValueError(f"--tp is {tp}; it must divide the number of ranks, {world_size()}")
         self.is_cuda = vllm_device() == "cuda"
@@ -198,7 +212,7 @@ class VLLMSampler:
         from vllm import LLM
 
         options = dict(
-            max_model_len=max_len or None, tensor_parallel_size=tp, trust_remote_code=trust,
+            max_model_len=max_len or None, tensor_parallel_size=tp, trust_remote_code=trust, max_num_seqs=max_num_seqs,
             skip_tokenizer_init=True, use_tqdm_on_load=False,
             logprobs_mode="raw_logprobs",  # before temperature, top-p and top-k
             generation_config="vllm",  # else vLLM would take the temperature and top-p of the model's own
@@ -213,10 +227,12 @@ class VLLMSampler:
         if world_size() > 1:
             # Uses the trainer's process group, and the device of LOCAL_RANK. vLLM's default is device 0 on all ranks.
             options |= dict(distributed_executor_backend="external_launcher")
-        set_num_threads = torch.set_num_threads  # a no-op once vLLM has started on a CPU
+        # On a CPU, vLLM binds threads to cores, changes their number, and makes set_num_threads do nothing.
+        set_num_threads, n_threads = torch.set_num_threads, torch.get_num_threads()
         with spared_rng():
             self.llm = LLM(path, **options)
         torch.set_num_threads = set_num_threads
+        torch.set_num_threads(n_threads)
         # Its finaliser destroys every process group there is, the trainer's too, or fails if the trainer came first.
         self.llm.llm_engine.engine_core._finalizer.detach()
         config = self.llm.llm_engine.model_config
@@ -303,11 +319,11 @@ class VLLMSampler:
 
 
 def choose(kind, device):
-    """("vllm" or "hf", why) for auto, vllm or hf on "cpu" or "cuda". ValueError if vllm is asked for and cannot run."""
+    """("vllm" or "hf", why) for auto, vllm or hf on "cpu" or "cuda". ValueError if vLLM is needed and cannot run."""
     if kind == "hf":
         return "hf", "as asked"
     if importlib.util.find_spec("vllm") is None:
-        why = "vLLM is not installed (requirements-vllm.txt)"
+        why = "vLLM is not installed (pip install -r requirements-vllm.txt)"
     elif kind == "auto" and device == "cpu":
         # On one thread the toy's 64 x 100 tokens take 0.36 s with hf and 0.45 s with vLLM, after 8 s to start; at 0.1B
         # parameters vLLM takes half of hf's time.
@@ -316,17 +332,20 @@ def choose(kind, device):
         why = f"the vLLM installed here runs on {built_for or 'no device found'}, not on {device}"
     else:
         return "vllm", "as asked" if kind == "vllm" else f"it is installed, and runs on {device}"
-    if kind == "vllm":
-        raise ValueError(f"--rollout vllm: {why}")
+    if kind == "vllm" or device == "cuda":
+        # On a GPU there is no silent fallback: at 16k tokens generate() would take the better part of an hour per step.
+        raise ValueError(f"--rollout {kind}: {why}. --rollout hf samples without it, many times slower on a GPU")
     return "hf", why
 
 
-def make_sampler(cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, should_stop=lambda: False):
+def make_sampler(
+    cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, max_num_seqs=256, should_stop=lambda: False
+):
     """The sampler that cfg.rollout names.
 
     model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. vocab: ids that may be sampled;
-    further rows of the embedding are padding. stops: ids that end a response. should_stop() is asked at every token: once it is True, sample returns what
-    there is, and the caller has to drop it.
+    further rows of the embedding are padding. stops: ids that end a response. max_num_seqs: responses that vLLM works on at
+    once. should_stop() is asked at every token: once it is True, sample returns what there is, and the caller has to drop it.
     """
     import transformers as hf
 
@@ -335,12 +354,46 @@ def make_sampler(cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, 
     say(f"sampling with {kind}: {why}")
     trust = cfg.trust_remote_code
     if kind == "vllm":
-        options = {"max_len": max_len, "memory": cfg.vllm_memory, "tp": tp, "trust": trust, "should_stop": should_stop}
-        return VLLMSampler(path, stops, vocab, **options)
+        options = {
+            "max_len": max_len,
+            "memory": cfg.vllm_memory,
+            "tp": tp,
+            "max_num_seqs": max_num_seqs,
+            "trust": trust,
+        }
+        return start_engine(path, stops, vocab, should_stop=should_stop, **options)
     needs_copy = model is None or any(hasattr(p, "full_tensor") for p in model.parameters())
     if needs_copy:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = hf.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust, dtype=dtype)
         model = model.to(torch.device(device))
     pad = tokenizer.pad_token_id or 0
-    return HFSampler(model, stops, pad, vocab, owns_model=needs_copy, should_stop=should_stop)
+    budget = token_budget(model.config, torch.cuda.mem_get_info()[0] if device == "cuda" else None)
+    return HFSampler(model, stops, pad, vocab, owns_model=needs_copy, budget=budget, should_stop=should_stop)
+
+
+def start_engine(path, stops, vocab, **options):
+    """A VLLMSampler. If it fails on one of several ranks, that rank's process ends at once, and torchrun ends the others.
+
+    They are waiting for it inside vLLM's own collectives, where the error cannot be passed on to them.
+    """
+    say("starting vLLM; compiling takes minutes the first time")
+    try:
+        return VLLMSampler(path, stops, vocab, **options)
+    except Exception as error:
+        if world_size() == 1:
+            raise
+        print(f"error: vLLM failed on rank {rank()}: {one_line(error)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def token_budget(config, free_bytes=None) -> int:
+    """Tokens that generate() may work on at once: 2^17, or what fits into half of the GPU's free memory."""
+    if free_bytes is None:
+        return 1 << 17
+    config = config.get_text_config()
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Keys and values in 4 bytes: under autocast, generate() keeps its cache in fp32.
+    bytes_per_token = 2 * 4 * config.num_hidden_layers * kv_heads * head_dim
+    return min(1 << 17, free_bytes // 2 // bytes_per_token)

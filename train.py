@@ -261,9 +261,10 @@ def setup(cfg) -> Run:
     if resume_from:
         checkpoint.restore(resume_from, policy, optimizer)
     stop = checkpoint.StopSignal()
-    options = {"max_len": cfg.max_prompt + cfg.max_response, "tp": cfg.tp, "should_stop": stop.requested_here}
+    responses = math.ceil(cfg.prompts * cfg.group * cfg.tp / world_size())  # of a step, for each engine
+    options = {"max_len": cfg.max_prompt + cfg.max_response, "max_num_seqs": max(64, responses), "tp": cfg.tp}
     sampler_args = cfg, paths["student"], policy.lm, tokenizer, vocabulary.size, vocabulary.stop_ids
-    sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **options)
+    sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **options, should_stop=stop.requested_here)
     return Run(
         device, tokenizer, train_prompts, held_out, vocabulary, policy, teacher, optimizer, sampler, logger, stop, lock,
         start=start, saved=start if resume_from else None,

@@ -1,12 +1,16 @@
 """python -m pytest tests/test_rollout.py      (the hf sampler and the choice; test_vllm.py has the other)"""
 
 import copy
+import os
 import random
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import ROOT
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
@@ -240,30 +244,60 @@ def without_vllm(monkeypatch):
     monkeypatch.setattr(rollout.importlib.util, "find_spec", fake)
 
 
-def test_auto_says_why_it_takes_hf(without_vllm):
+def test_auto_says_why_it_takes_hf_on_a_cpu(without_vllm):
     assert choose("hf", "cuda") == ("hf", "as asked")
-    for device in ("cpu", "cuda"):
-        kind, why = choose("auto", device)
-        assert kind == "hf" and "not installed" in why
+    kind, why = choose("auto", "cpu")
+    assert kind == "hf" and "not installed" in why
 
 
-def test_vllm_that_cannot_run_is_one_clear_line(without_vllm):
-    with pytest.raises(ValueError, match="^--rollout vllm: vLLM is not installed .*$"):
-        choose("vllm", "cuda")
+@pytest.mark.parametrize("kind, device", [("vllm", "cuda"), ("vllm", "cpu"), ("auto", "cuda")])
+def test_vllm_that_cannot_run_is_one_clear_line(without_vllm, kind, device):
+    """On a GPU, auto does not fall back to generate(), with which a step at 16k tokens would take most of an hour."""
+    with pytest.raises(ValueError, match=f"^--rollout {kind}: vLLM is not installed .pip install .*$"):
+        choose(kind, device)
 
 
-@pytest.mark.parametrize(
-    "built, device, kind", [("cuda", "cuda", "vllm"), ("cpu", "cuda", "hf"), ("", "cuda", "hf"), ("cpu", "cpu", "hf")]
-)  # fmt: skip
-def test_auto_takes_vllm_where_its_build_fits_the_gpu(monkeypatch, built, device, kind):
+@pytest.mark.parametrize("built, device", [("cuda", "cuda"), ("cpu", "cuda"), ("", "cuda"), ("cpu", "cpu")])
+def test_auto_takes_vllm_where_its_build_fits_the_gpu(monkeypatch, built, device):
     monkeypatch.setattr(rollout.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(rollout, "vllm_device", lambda: built)
-    assert choose("auto", device)[0] == kind
     if built != device:
-        with pytest.raises(ValueError, match=f"not on {device}"):
-            choose("vllm", device)
+        for kind in ("auto", "vllm"):
+            with pytest.raises(ValueError, match=f"not on {device}"):
+                choose(kind, device)
     else:
+        assert choose("auto", device)[0] == ("vllm" if device == "cuda" else "hf")
         assert choose("vllm", device) == ("vllm", "as asked")
+
+
+def test_hf_works_on_as_many_tokens_as_fit_the_gpu():
+    """Qwen3-1.7B: 28 layers of 8 key-value heads of 128, in fp32: 229 kB for each token."""
+    config = Qwen3Config(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+    assert rollout.token_budget(config, 40 * 10**9) == 20 * 10**9 // 229376
+    assert rollout.token_budget(config, 10**12) == rollout.token_budget(config) == 1 << 17
+
+
+ENGINE = """
+import sys, rollout, torch.distributed as dist
+from common import init_device
+from types import SimpleNamespace
+init_device(SimpleNamespace(device="cpu", threads=1, seed=0))
+def engine(*_, **__):
+    if dist.get_rank() == 1:
+        raise ValueError("No available memory for the cache blocks")
+    dist.barrier()  # as vLLM's own collectives do, it waits for the rank that failed
+rollout.VLLMSampler = engine
+rollout.start_engine("path", [], 8)
+"""
+
+
+def test_an_engine_that_fails_on_one_rank_ends_all_ranks_with_its_message(tmp_path):
+    script = tmp_path / "engine.py"
+    script.write_text(ENGINE)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*torchrun, script], env=env, capture_output=True, text=True, timeout=60)
+    assert result.returncode and "error: vLLM failed on rank 1: No available memory" in result.stderr
 
 
 def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model, capsys):
