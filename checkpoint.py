@@ -35,7 +35,7 @@ from policy import full_weights
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-FILE_BYTES = 2 << 30  # of a rank's tensors in one file: a file is copied to host memory as a whole, then written
+FILE_BYTES = 1 << 28  # of a rank's tensors in one file: a file is copied to host memory as a whole, then written
 
 # -----------------------------------------------------------------------------
 # the run's folder
@@ -133,10 +133,13 @@ def assign_files(tensors):
 def save(out, step, policy, optimizer, cfg, data_digest):
     """Writes OUT/step-N: safetensors sharded over the ranks, which any number of ranks can load.
 
-    It gets its name when all of it is on the disk. Older ones than the newest cfg.keep are deleted then.
+    It gets its name when all of it is on the disk. Then the newest cfg.keep remain. The disk never holds more of them, this
+    one included, except with cfg.keep 1: the old one goes when the new one is complete.
     """
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
     rng_states = gather(rng_state())
+    if rank() == 0:
+        delete_all_but(out, max(cfg.keep - 1, 1))
     tensors = checkpoint_tensors(policy, *state_dicts(policy, optimizer))
     writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
     try:
@@ -155,7 +158,11 @@ def save(out, step, policy, optimizer, cfg, data_digest):
     shutil.rmtree(final, ignore_errors=True)
     tmp.rename(final)
     fsync(out)
-    for old in complete(out)[: -cfg.keep]:
+    delete_all_but(out, cfg.keep)
+
+
+def delete_all_but(out, n_newest):
+    for old in complete(out)[:-n_newest]:
         shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # so that half a checkpoint never bears a checkpoint's name
 
 
@@ -202,8 +209,10 @@ def save_model_files(out, policy, path, tokenizer):
 
 def save_model(out, policy):
     """Writes OUT/final: the student, in the dtype that its own files came in. It gets its name once it is complete."""
-    tied = policy.lm.all_tied_weights_keys  # {copy: source}; files hold the source alone
-    weights = {name: w.to(policy.file_dtype).cpu() for name, w in full_weights(policy) if name not in tied}
+    weights = {}
+    for name, weight in full_weights(policy):  # a collective
+        if rank() == 0:
+            weights[name] = weight.to(policy.file_dtype).cpu()
     if rank() == 0:
         write_model(out / "final", policy.lm, weights, out / "model")
 

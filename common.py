@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -123,6 +124,20 @@ def on_all_ranks(task, *args, **kwargs):
     if errors:
         exit_all(errors[0])
     return result
+
+
+@contextmanager
+def one_rank_at_a_time():
+    """The ranks of a node run this block one after the other. A collective."""
+    turn, n_turns = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    barrier = dist.barrier if dist.is_initialized() else lambda: None
+    for _ in range(turn):
+        barrier()
+    try:
+        yield
+    finally:  # also if it fails: the other ranks are waiting
+        for _ in range(n_turns - turn):
+            barrier()
 
 
 # -----------------------------------------------------------------------------

@@ -3,9 +3,10 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 import data
-from common import say
+from common import one_rank_at_a_time, say, world_size
 from losses import head_logits
 
 
@@ -117,25 +118,26 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options).requires_grad_(trainable)
-    check_head(lm, path)
-    if trainable and cfg.grad_ckpt:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
-        lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
-    policy = Policy(lm, vocabulary, file_dtype)
-    if dist.is_initialized():
-        shard(policy, device)  # moves only this rank's shards to the device, one layer at a time
-    return policy.to(device)
+    mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None  # a collective
+    with one_rank_at_a_time():  # each holds the whole model in host memory until it has sharded it
+        lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
+        lm.requires_grad_(trainable)
+        check_head(lm, path)
+        if trainable and cfg.grad_ckpt:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+            lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
+        policy = Policy(lm, vocabulary, file_dtype)
+        if mesh:
+            shard(policy, mesh, device)  # moves only this rank's shards to the device, one layer at a time
+        return policy.to(device)
 
 
-def shard(policy, device):
+def shard(policy, mesh, device):
     """FSDP2, layer by layer. It averages gradients over the ranks."""
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     bf16 = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in decoder_layers(policy.lm):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
@@ -236,6 +238,12 @@ def head_weights(policy):
 
 
 def full_weights(policy):
-    """Yields (name, full tensor) of the state dict, one at a time. A collective: every rank must iterate over all of it."""
+    """Yields (name, full tensor) of the state dict, one at a time, tied weights once.
+
+    A collective: every rank must iterate over all of it.
+    """
     for name, weight in policy.lm.state_dict().items():
-        yield name, full_tensor(weight)
+        if (
+            name not in policy.lm.all_tied_weights_keys
+        ):  # {copy: source}, such as the head, whose source is the embedding
+            yield name, full_tensor(weight)
