@@ -44,7 +44,7 @@ DAPO_BEFORE = (
     "(without quotes) where $Answer is the answer to the problem.\n\n"
 )
 DAPO_AFTER = '\n\nRemember to put your answer on its own line after "Answer:".'
-# --template: how a bare question is asked. docs/gpus.md says what is known about them.
+# --template: how a bare question is asked. docs/recipe.md says what is known about them.
 CHAT_TEMPLATES = {  # a user's message in the tokenizer's chat template
     "chat": "{question}\n" + INSTRUCTION,
     "think": "{question}\nReason step by step within <think> </think> tags, then put your final answer within \\boxed{}.",

@@ -185,6 +185,46 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(pair, straight, t
     assert finished(argv) == 0 and same(out, straight)
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_never_has_more_checkpoints_on_the_disk_than_it_must(pair, tmp_path, monkeypatch, keep):
+    """The newest complete one stays until the new one is complete, so --keep 1 needs room for two, and so does --keep 2."""
+    before_save, save = [], checkpoint.dcp.save
+
+    def watched(*args, **options):
+        before_save.append(sorted(path.name for path in tmp_path.glob("step-*")))
+        save(*args, **options)
+
+    monkeypatch.setattr(checkpoint.dcp, "save", watched)
+    train.main(parse(TrainConfig, flags(pair, tmp_path, **OPTIONS | dict(steps=4, keep=keep, eval_every=0))))
+    assert before_save == [[], ["step-1"], ["step-2"], ["step-3"]]
+    assert len(list(tmp_path.glob("step-*"))) == keep
+
+
+TURNS = """
+import os, sys, time, torch.distributed as dist
+from common import one_rank_at_a_time
+dist.init_process_group("gloo")
+try:
+    with one_rank_at_a_time(), open(sys.argv[1], "a") as file:
+        for word in ("in", "out"):
+            file.write(f"{dist.get_rank()} {word} ")
+            file.flush()
+            time.sleep(0.2)
+        if dist.get_rank() == 0:
+            raise ValueError
+except ValueError:
+    pass
+"""
+
+
+def test_ranks_take_turns_even_if_one_fails(tmp_path):
+    (tmp_path / "turns.py").write_text(TURNS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, tmp_path / "turns.py", tmp_path / "log"]
+    subprocess.run(command, env=ENV | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60, capture_output=True)
+    assert (tmp_path / "log").read_text() == "0 in 0 out 1 in 1 out "
+
+
 def test_folders_that_cannot_be_written_are_one_line(pair, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     (tmp_path / "b" / "metrics.jsonl").mkdir(parents=True)
