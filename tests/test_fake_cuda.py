@@ -17,7 +17,7 @@ import train
 from configs import TrainConfig, parse
 from data import MicroBatch, Vocabulary
 from gating import STATS, drift, gate, gate_stats
-from losses import head_kl, head_logits, head_topk, lsm_loss, opd_loss, tail_loss
+from losses import _vocabulary_chunks, head_kl, head_logits, head_topk, lsm_loss, opd_loss, tail_loss
 from policy import Policy
 
 N, H, H_T, V, K = 16384, 2048, 2560, 151936, 32  # one full response; student 1.7B, teacher 4B
@@ -118,6 +118,16 @@ def test_losses_of_chosen_tokens(memory, name):
     assert hidden.grad.dtype == weight.grad.dtype == BF16
     assert memory.matmuls == {(BF16, BF16, FP32)}
     assert 0.9 * bound < most - weight.grad.nbytes - hidden.grad.nbytes < bound + SMALL
+
+
+@pytest.mark.parametrize("n", [1, 1000, 12345, 16383, 2 << 20])
+def test_chunks_of_the_vocabulary_are_multiples_of_128_columns(memory, n):
+    """Except the last. Nearly all of the vocabulary for one position; for 2^21 positions, more than the chunk's 64."""
+    hidden, weight = torch.empty(n, 64, dtype=BF16), torch.empty(V, 64, dtype=BF16)
+    chunks = _vocabulary_chunks(hidden, weight, None, 1.0, VOCAB, 2**27)
+    widths = [logits.shape[1] for _, logits in chunks]
+    assert sum(widths) == VOCAB and all(width % 128 == 0 for width in widths[:-1])
+    assert widths[0] == {1: 151552, 1000: 134144, 12345: 10752, 16383: 8192, 2 << 20: 128}[n]
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
