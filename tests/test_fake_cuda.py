@@ -14,7 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+import losses
 import train
+from bench.gpu import head_pass
 from configs import TrainConfig, parse
 from data import MicroBatch, Vocabulary
 from gating import STATS, drift, gate, gate_stats
@@ -129,6 +131,23 @@ def test_chunks_of_the_vocabulary_are_multiples_of_128_columns(memory, n):
     widths = [logits.shape[1] for _, logits in chunks]
     assert sum(widths) == VOCAB and all(width % 128 == 0 for width in widths[:-1])
     assert widths[0] == {1: 151552, 1000: 134144, 12345: 10752, 16383: 8192, 2 << 20: 128}[n]
+
+
+def test_bench_gpu_compares_them_with_chunks_of_any_width(memory, monkeypatch):
+    seen = []
+
+    def note(hidden, weight, bias, temperature, vocab, chunk):
+        for v, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
+            seen.append(logits.shape[1])
+            yield v, logits
+
+    monkeypatch.setattr(losses, "_vocabulary_chunks", note)
+    monkeypatch.setattr(losses, "CUDA_COLUMNS", 128)  # put back after the test
+    hidden, weight, ids = parameter(12001, H), parameter(VOCAB, H), torch.empty(12001, 1, dtype=torch.long)
+    for columns, width in ((128, 11136), (1, 11183)):
+        seen.clear()
+        head_pass(hidden, weight, ids, columns)
+        assert seen[0] == width and sum(seen) == 2 * VOCAB  # forward and backward
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
