@@ -357,8 +357,8 @@ def _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
     N = len(hidden)
     width = min(vocab, max(1, chunk // max(N, 1)))
     if hidden.is_cuda:
-        # The rows of the bf16 gradient [N, width] must start at multiples of 16 bytes, 8 columns: for misaligned rows cuBLAS
-        # has only slow kernels. 128 columns also fill its tiles. Only the last chunk may be of another width.
+        # The rows of the bf16 gradient [N, width] must start at multiples of 16 bytes, 8 columns: for misaligned rows
+        # cuBLAS has only slow kernels. 128 columns also fill its tiles. Only the last chunk may be of another width.
         width = min(vocab, max(CUDA_COLUMNS, width // CUDA_COLUMNS * CUDA_COLUMNS))
     buffer = hidden.new_empty(N * width, dtype=torch.float32)
     for start in range(0, vocab, width):

@@ -1,10 +1,10 @@
-"""Steps at the size of --preset qwen3 on one GPU of 80 GB: time and memory by phase, attention kernels, widths of the head.
+"""Steps of the size of --preset qwen3 on one GPU of 80 GB: time and memory by phase, attention kernels, aligned chunks.
 
     python -m bench.gpu              # minutes; needs torch and transformers, and fetches nothing
     python -m bench.gpu --tiny       # the same code on a CPU, with tiny models
 
-The models have the shapes of Qwen3-1.7B and Qwen3-4B and random weights. Memory is torch's allocator's count on CUDA. On a
-CPU it is the sum of what torch allocates in a phase, and what there was before is not known: it counts as 0.
+The models have the shapes of Qwen3-1.7B and Qwen3-4B and random weights. Memory on CUDA is the allocator's count. On a
+CPU it is the sum of what torch allocates in a phase; what there was before is not known, and counts as 0.
 """
 
 import argparse
@@ -153,7 +153,7 @@ def head_pass(hidden, weight, ids, columns):
 
 
 def alignment(device, tiny):
-    """OPD's head with chunks in multiples of 128 columns, as losses.py has them on CUDA, and with chunks of any width."""
+    """OPD's head with chunks in multiples of 128 columns, as losses.py has them on CUDA, and of any width."""
     # 2^27 // 12001 is odd; 2^27 // 16384 is a multiple of 128, and the two should take the same time.
     sizes, H, V = ([61, 64], 32, 512) if tiny else ([12001, 16384], 2048, 151669)
     rows = []

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a GPU can tell, in ten minutes at most on one GPU of 80 GB. Needs torch and transformers, and fetches nothing.
+# What only a GPU can tell, in ten minutes at most on one of 80 GB. Needs torch and transformers, and fetches nothing.
 #     bench/gpu.sh | tee gpu.md
 #     bench/gpu.sh --tiny          # the same on a CPU, with tiny sizes
 set -uo pipefail

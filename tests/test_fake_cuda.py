@@ -1,7 +1,7 @@
 """python -m pytest tests/test_fake_cuda.py      (what runs on CUDA, at the size of --preset qwen3: seconds on a CPU)
 
-Fake tensors have shapes and dtypes but no data: nothing is computed or allocated. `Tensor.is_cuda` is patched to be True, so
-the code takes its CUDA branches. These tests cannot show values, speed, or memory that a kernel takes for itself.
+Fake tensors have shapes and dtypes but no data: nothing is computed or allocated. `Tensor.is_cuda` is patched to be
+True, so the code takes its CUDA branches. These tests cannot show values, speed, or memory that a kernel takes itself.
 """
 
 import weakref
@@ -56,8 +56,8 @@ class LiveBytes(TorchDispatchMode):
 @pytest.fixture
 def memory(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
-    # Two results depend on data, which fake tensors do not have: the number of different ids (here the largest possible),
-    # and the number of segments.
+    # Two results depend on data, which fake tensors do not have: the number of different ids (here the largest
+    # possible), and the number of segments.
     monkeypatch.setattr(torch, "unique", lambda x, return_inverse: (x.new_empty(min(x.numel(), VOCAB)), x))
     monkeypatch.setattr(torch.Tensor, "__int__", lambda x: SEGMENTS - 1)
     with FakeTensorMode(), LiveBytes() as memory:
@@ -87,11 +87,11 @@ def test_the_meter_sees_known_allocations(memory):
 
 
 # Bytes of a backward pass beyond inputs and gradients, if it
-# - goes over the vocabulary in chunks: a chunk and its bf16 copy, and two fp32 tensors [N, H], the gradient of hidden and
-#   the chunk's addition to it;
+# - goes over the vocabulary in chunks: a chunk and its bf16 copy, and two fp32 tensors [N, H], the gradient of hidden
+#   and the chunk's addition to it;
 ALL_ROWS = CHUNK + CHUNK // 2 + 2 * N * H * 4
-# - reads K rows of the head per position: the rows in use in fp32; then, for some positions at a time, their rows in bf16
-#   and in fp32, a chunk, beside the last positions' gradients, a chunk.
+# - reads K rows of the head per position: the rows in use in fp32; then, for some positions at a time, their rows in
+#   bf16 and in fp32, a chunk, beside the last positions' gradients, a chunk.
 ROWS_IN_USE = VOCAB * H * 4 + CHUNK // 2 + 2 * CHUNK
 LOSSES = {
     "opd": (1, lambda z, lse, logq: opd_loss(z[:, 0] - lse, lse.detach(), logq[:, 0])[0], ALL_ROWS),
@@ -152,7 +152,7 @@ def test_bench_gpu_compares_them_with_chunks_of_any_width(memory, monkeypatch):
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_losses_over_the_whole_vocabulary(memory, beta):
-    """Forward: some positions' logits of both models, half a chunk each, and three temporaries of that size; four for JSD."""
+    # Forward: logits of both models, half a chunk each, and three temporaries of that size; four for JSD
     bound = (2 + (4 if beta == 0.5 else 3)) * CHUNK // 2
     hidden, weight = parameter(N, H), parameter(V, H)
     hidden_t, weight_t = torch.empty(N, H_T, dtype=BF16), torch.empty(V, H_T, dtype=BF16)
@@ -193,7 +193,7 @@ def test_gates(memory, stat):
 
 
 def qwen3_policy():
-    """The student's sizes but for the number of layers, 1 of 28. As in training: fp32 weights, checkpointed activations."""
+    """The student with 1 of its 28 layers. As in training: fp32 weights, checkpointed activations."""
     config = Qwen3Config(
         vocab_size=V, hidden_size=H, intermediate_size=6144, num_hidden_layers=1, num_attention_heads=16,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,

@@ -1,8 +1,8 @@
 """python -m pytest -p tests.vllm_v2 tests/test_vllm.py      (.ci/run names the tests that fit; a minute and a half)
 
-A pytest plugin. It makes vLLM's CPU build run what vLLM 0.32 runs on CUDA, and not on a CPU: the second model runner, with its
-Triton kernels in Triton's interpreter; asynchronous scheduling; and the engine's side of sleeping. It cannot show whether a
-GPU compiles the kernels rightly, or whether sleeping frees memory.
+A pytest plugin. It makes vLLM's CPU build run what vLLM 0.32 runs on CUDA and not on a CPU: the second model runner,
+with its Triton kernels in Triton's interpreter; asynchronous scheduling; and the engine's side of sleeping. It cannot
+show whether a GPU compiles the kernels rightly, or whether sleeping frees memory.
 """
 
 import os
