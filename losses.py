@@ -337,6 +337,8 @@ def _log_mixture(logp, logq, beta):
 # -----------------------------------------------------------------------------
 # pieces of the head. Functions whose names end in _ overwrite their first argument
 
+CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
+
 
 def _default_chunk(x, cpu_log2=21, cuda_log2=27):
     """Elements, as powers of 2. On a CPU a chunk should stay in the cache: several passes go over it between two matmuls."""
@@ -354,6 +356,10 @@ def _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
     """Yields (v, logits / temperature [N, |v|]) for slices v of the vocabulary; every chunk is in the same buffer."""
     N = len(hidden)
     width = min(vocab, max(1, chunk // max(N, 1)))
+    if hidden.is_cuda:
+        # The rows of the bf16 gradient [N, width] must start at multiples of 16 bytes, 8 columns: for misaligned rows
+        # cuBLAS has only slow kernels. 128 columns also fill its tiles. Only the last chunk may be of another width.
+        width = min(vocab, max(CUDA_COLUMNS, width // CUDA_COLUMNS * CUDA_COLUMNS))
     buffer = hidden.new_empty(N * width, dtype=torch.float32)
     for start in range(0, vocab, width):
         v = slice(start, min(start + width, vocab))

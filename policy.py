@@ -1,13 +1,19 @@
 """Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits."""
 
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from common import one_rank_at_a_time, say, world_size
+from common import exit_all, one_rank_at_a_time, say, world_size
 from losses import head_logits
+
+# On CUDA, the attention kernels that need no matrix [L, L] for each head, as torch's math attention does.
+ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class Policy(nn.Module):
@@ -34,13 +40,31 @@ class Policy(nn.Module):
         on_hidden must run inside forward(): only there are the head's weights whole. FSDP2 does not reshard the root module,
         to which the head belongs, after forward, so they remain whole through the backward pass.
         """
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda), no_math_attention(ids.is_cuda):
             hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
         out = self.lm.get_output_embeddings()
         hidden = hidden[rows, cols]  # [N, H]: only the positions that predict a response token go through the head
         if hidden.is_cuda:  # autocast leaves the last norm's output in fp32
             hidden = hidden.to(torch.bfloat16)
         return on_hidden(hidden, out.weight.to(hidden.dtype), out.bias)
+
+
+@contextmanager
+def no_math_attention(is_cuda):
+    """On CUDA, ends the run in one line if only math attention could run."""
+    if not is_cuda:
+        yield
+        return
+    try:
+        with sdpa_kernel(ATTENTION_KERNELS):
+            yield
+    except RuntimeError as error:
+        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
+            raise
+        exit_all(  # on every rank: they have the same model
+            "flash, cuDNN and efficient attention refuse this model on this GPU (torch's warnings say why), and math "
+            "attention takes memory for [L, L] scores; use a GPU of compute capability 8.0 or more, or another model"
+        )
 
 
 def token_logprobs(policy, batch, temperature):

@@ -266,14 +266,27 @@ def beyond(x, fn):
     return f"{most / MiB:,.1f}"
 
 
+def fits(fn):
+    """Whether fn() runs without running out of a GPU's memory, as naive code may."""
+    try:
+        fn()
+    except torch.OutOfMemoryError:
+        return False
+    return True
+
+
 def losses(args):
     x = make_inputs(args)
     for title, make in (TASKS[task] for task in args.tasks):
         fns, base = make(x)
-        there = {name: fn for name, fn in fns.items() if fn}
+        too_large = {name for name, fn in fns.items() if fn and args.device == "cuda" and not fits(fn)}
+        there = {name: fn for name, fn in fns.items() if fn and name not in too_large}
         times = interleaved({"floor": base} | there, args.runs) if args.runs else {}
         rows = []
         for name, fn in fns.items():
+            if name in too_large:
+                rows.append([name, "out of memory", "", ""])
+                continue
             t = [f"{times[name] / times['floor']:.2f}", f"{times[name] * 1e3:.0f}"] if fn and times else ["", ""]
             memory = beyond(x, fn) if fn and not args.no_memory else ""
             rows.append([name, *t, memory] if fn else [name, "not run" if "--" in name else "not installed", "", ""])

@@ -1,6 +1,10 @@
 """python -m pytest tests/test_bench.losses      (tiny sizes; what is installed besides torch is compared too)"""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,8 @@ import torch
 
 from bench import losses as bench
 from bench import step as bench_step
+
+GPU_SH = Path(bench.__file__).parent / "gpu.sh"
 
 TINY = "--device cpu --dtype float32 --N 48 --H 16 --V 320 --K 4 --runs 1 --threads 1".split()
 
@@ -85,6 +91,64 @@ def test_an_absent_package_is_said_so(capsys, monkeypatch):
     monkeypatch.setattr(bench, "found", lambda name: None)
     bench.main(["losses", *TINY, "--tasks", "opd", "--no_memory"])
     assert capsys.readouterr().out.count("| not installed |") == 3
+
+
+def test_code_that_runs_out_of_memory_is_said_so(capsys, monkeypatch):
+    def out_of_memory():
+        raise torch.OutOfMemoryError
+
+    def make(x):
+        return {"naive": out_of_memory, bench.OURS: lambda: None}, lambda: None
+
+    monkeypatch.setattr(bench, "TASKS", {"opd": ("OPD", make)})
+    monkeypatch.setattr(bench, "make_inputs", lambda args: None)
+    args = arguments(monkeypatch, "--no_memory", "--tasks", "opd")
+    args.device = "cuda"
+    bench.losses(args)
+    out = capsys.readouterr().out
+    assert "| naive | out of memory |" in out and f"| {bench.OURS} | " in out
+
+
+def run_gpu_sh(folder, *flags):
+    """(exit code, what it prints)"""
+    env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([GPU_SH, *flags], env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout
+
+
+def test_gpu_sh_runs_at_a_tiny_size():
+    code, out = run_gpu_sh(Path(sys.executable).parent, "--tiny")
+    assert code == 0 and "FAILED" not in out
+    tables = {title: body for title, body in re.findall(r"\n(.+)\n\n((?:\|.*\n)+)", out)}
+    steps = {title: body for title, body in tables.items() if title.startswith("A step, ")}
+    for title in ("opd: 32 rollouts, sampled", "lsm: 32", "opd: 4 rollouts, made up, 128 response tokens", "lsm: 4"):
+        assert sum(title in x for x in steps) == 1, title
+    for body in steps.values():
+        for phase in ("teacher", "update 1", "update 2"):
+            assert re.search(rf"\| {phase} \| [\d.]+ \| 0 \| \d+ \|", body)
+        losses = [float(x) for x in re.findall(r"update .* (\S+) \|\n", body)]
+        assert len(losses) == 2 and losses[0] != losses[1]
+    # two layers, and once more in the backward pass
+    assert "| a training pass | _scaled_dot_product_flash_attention_for_cpu | 4 |" in tables["Attention kernels"]
+    assert len(re.findall(r"\| 6[14] \| [\d.]+ \| [\d.]+ \|", out)) == 2  # the head's widths
+    for title, _ in bench.TASKS.values():
+        assert title in out
+
+
+def test_gpu_sh_goes_on_after_a_failure_and_takes_ten_minutes_at_most(tmp_path, monkeypatch):
+    """With a `python` that prints its arguments, and fails for the steps; the flags for a GPU are ones that exist."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bench.gpu*) exit 3;; esac\n')
+    python.chmod(0o755)
+    code, out = run_gpu_sh(tmp_path)
+    lines = out.splitlines()
+    assert code == 1 and lines[:2] == ["-m bench.gpu", "FAILED: python -m bench.gpu"] and len(lines) == 4
+    args = [arguments(monkeypatch, *line.split()[3:]) for line in lines[2:]]
+    assert [x.tasks for x in args] == [["opd", "lsm", "lsm_free", "teacher"], ["rkl", "jsd"]]
+    assert all((x.device, x.dtype, x.H, x.Ht) == ("cuda", "bfloat16", 2048, 2560) for x in args)
+    limits = re.findall(r"^ *run (\d+) .*--device cuda|^    run (\d+) python -m bench.gpu$", GPU_SH.read_text(), re.M)
+    seconds = [int(a or b) for a, b in limits]
+    assert seconds[0] * 2 + seconds[1] <= 600, limits
 
 
 @pytest.mark.skipif(not Path("out/toy").exists(), reason="the toy pair is not trained: python toy.py")
