@@ -58,8 +58,20 @@ def answer(sampler, tokenizer, jobs, grader, *, seed, **sampling):
     for (name, problem, _, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
         row = {"data": name, "problem": problem.id, "sample": i, "seed": seed_i, "tokens": len(r.response)}
         row |= {"finish": r.finish, "gold": problem.answer}
-        rows.append(row | {"text": tokenizer.decode(r.response, skip_special_tokens=True)})
+        rows.append(row | {"text": text_of(r, tokenizer)})
     return graded(rows, grader)
+
+
+def text_of(r, tokenizer):
+    """The text of a rollout's response without special tokens, but with the <think> tags that tell grade.py what to skip.
+
+    Some tokenizers count the tags as special tokens; some chat templates open the reasoning at the end of the prompt.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special and token.content.strip() not in ("<think>", "</think>")}
+    text = tokenizer.decode([i for i in r.response if i not in special])
+    is_opened = tokenizer.decode(r.prompt[-8:]).rstrip().endswith("<think>")
+    return "<think>" + text if is_opened else text
 
 
 def graded(rows, grader):

@@ -22,6 +22,7 @@ from data import Problem
 
 class FakeTokenizer:
     chat_template = None
+    added_tokens_decoder = {}
 
     def __call__(self, text):
         return {"input_ids": list(text.encode())}

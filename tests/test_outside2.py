@@ -1,0 +1,79 @@
+"""python -m pytest tests/test_outside2.py      thirteen more kinds of fault that users of this field's systems have reported"""
+
+import ast
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from helpers import ENV, ROOT, flags, join, metrics, run, start
+from safetensors.torch import load_file, save_file
+from test_outside import SMALL, chat_tokenizer, refused, slow_sampling
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedTokenizerFast
+
+import checkpoint
+import common
+import data
+import evaluate
+import grade
+import plot
+import policy
+import report
+import rollout
+import toy
+import train
+from configs import TOPK_LOSSES, EvalConfig, TrainConfig, parse
+
+# -----------------------------------------------------------------------------
+# numbers silently wrong
+
+
+class OneResponse:
+    """A sampler that always gives the same response."""
+
+    def __init__(self, response, finish):
+        self.response, self.finish = response, finish
+
+    def sample(self, prompts, seeds, **sampling):
+        return [rollout.Rollout(p, self.response, [0.0] * len(self.response), self.finish) for p in prompts]
+
+
+def answer_to(tokenizer, prompt, response, finish="stop"):
+    """What evaluate.py takes for the answer in this response."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
+    jobs = [("set", data.Problem("a", prompt, "7"), ids[0], 0)]
+    with grade.Grader(workers=1) as grader:
+        return evaluate.answer(OneResponse(ids[1], finish), tokenizer, jobs, grader, seed=0)[0]["answer"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_that_the_prompt_opens_is_not_graded(special):
+    """vllm-project/vllm#13125: DeepSeek-R1's template ends the prompt with <think>, so a response has no opening tag."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    assert answer_to(tokenizer, "1+1=?<think>\n", "\\boxed{5}", "length") is None
+    assert answer_to(tokenizer, "1+1=?<think>\n", "\\boxed{5}</think>\\boxed{7}") == "7"
+    assert answer_to(tokenizer, "1+1=?<think>\n\n</think>\n\n", "\\boxed{5}") == "5"
+
+
+def test_think_tags_that_are_special_tokens_are_seen():
+    """huggingface/trl#2897, verl-project/verl#1724: they vanished with the other special tokens."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    assert answer_to(tokenizer, "1+1=?", "<think>\\boxed{5}") is None
+    assert answer_to(tokenizer, "1+1=?", "<think>\\boxed{5}</think>7") == "7"
+    assert answer_to(tokenizer, "1+1=?", "\\boxed{1<pad>4}<eos>") == "14"  # other special tokens vanish
+
+
+# -----------------------------------------------------------------------------
+# runs lost
