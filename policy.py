@@ -160,6 +160,8 @@ def check_head(lm, path):
         raise ValueError(f"{path} caps its logits (final_logit_softcapping {cap}), which losses.py does not do")
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()
+    if logits.isnan().any():
+        raise ValueError(f"{path} gives NaN logits: its weights are damaged, or overflow in {lm.dtype}")
     hidden = lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
     out = lm.get_output_embeddings()
     ours = nn.functional.linear(hidden, out.weight, out.bias)[0].float()

@@ -114,7 +114,7 @@ def topk_loss(policy, batch, cfg):
     logp = (z - lse[:, None]).detach()
 
     # A teacher's server may return fewer than K tokens: an unfilled slot holds log-prob -inf, and an id without meaning.
-    is_filled = targets["topk_logq"] > -torch.inf  # [N, K]
+    is_filled = targets["topk_logq"] != -torch.inf  # [N, K]; NaN is filled, so that the update is skipped
     sampled_in_topk = (is_filled & (targets["topk_ids"] == sampled)).any(1)  # [N]
     info = {
         "outside": 1 - sampled_in_topk.float(),

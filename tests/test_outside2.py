@@ -75,5 +75,24 @@ def test_think_tags_that_are_special_tokens_are_seen():
     assert answer_to(tokenizer, "1+1=?", "\\boxed{1<pad>4}<eos>") == "14"  # other special tokens vanish
 
 
+@pytest.mark.parametrize("loss", TOPK_LOSSES)
+def test_a_teacher_that_gives_nan_is_seen_by_every_loss(scene, loss):
+    """huggingface/trl#5594, microsoft/LMOps#38. The top-K losses left such tokens out, and trained on the others."""
+    student, _, minibatches, cfg, _ = scene(loss=loss)
+    batch = minibatches[0][0]
+    batch.teacher["topk_logq"][1] = torch.nan
+    assert train.position_loss(student, batch, cfg, None)[1].isnan().tolist() == [
+        i == 1 for i in range(len(batch.rows))
+    ]
+
+
+def test_a_model_of_nan_is_refused_by_name(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher/model.safetensors")
+    weights["model.norm.weight"][3] = torch.nan
+    save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
+    refused(flags((tmp_path / "teacher", pair[1]), tmp_path / "run"), "teacher gives NaN logits")
+
+
 # -----------------------------------------------------------------------------
 # runs lost
