@@ -200,6 +200,8 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
         pattern = PLAIN if template == "plain" else template.replace("\\n", "\n")
         text = pattern.replace("{question}", text)
     ids = tokenizer(text)["input_ids"]
+    if ids[-1:] == [getattr(tokenizer, "eos_token_id", None)] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers end every text with EOS, as for training; nothing would be left to answer
     has_two_bos = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if has_two_bos else ids  # the template's text began with BOS, and the tokenizer added another
 

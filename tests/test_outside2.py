@@ -94,5 +94,18 @@ def test_a_model_of_nan_is_refused_by_name(pair, tmp_path):
     refused(flags((tmp_path / "teacher", pair[1]), tmp_path / "run"), "teacher gives NaN logits")
 
 
+def test_a_prompt_does_not_end_in_eos():
+    """vllm-project/vllm#7491: with add_eos_token the model sees a text that is over."""
+    tokenizer = toy.tokenizer()
+    both = [("<bos>", toy.ID["<bos>"]), ("<eos>", toy.ID["<eos>"])]
+    ends = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=both)
+    tokenizer.backend_tokenizer.post_processor = ends
+    for template in ("raw", "plain", "1+1={question}"):
+        expected = data.encode(data.Problem("a", "1+1", "2"), toy.tokenizer(), template)
+        assert data.encode(data.Problem("a", "1+1", "2"), tokenizer, template) == expected
+    text = tokenizer.decode(data.encode(data.Problem("a", "1+1", "2"), toy.tokenizer(), "{question}<eos>"))
+    assert text == "<bos>1+1<eos>"  # asked for
+
+
 # -----------------------------------------------------------------------------
 # runs lost
