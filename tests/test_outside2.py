@@ -107,5 +107,12 @@ def test_a_prompt_does_not_end_in_eos():
     assert text == "<bos>1+1<eos>"  # asked for
 
 
+def test_python_without_asserts_loses_nothing():
+    """dpkp/kafka-python#1348, NVIDIA-NeMo/RL#4018: under python -O vLLM would have kept the cache of the old weights."""
+    for path in [path for path in ROOT.glob("*.py") if not path.name.startswith("test_")]:
+        found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert not found, path
+
+
 # -----------------------------------------------------------------------------
 # runs lost
