@@ -114,5 +114,35 @@ def test_python_without_asserts_loses_nothing():
         assert not found, path
 
 
+def test_tokens_beyond_a_gap_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
+    """huggingface/tokenizers#900: len(tokenizer) counts tokens; the largest id, often that of a stop token, may be beyond."""
+    backend = Tokenizer(models.WordLevel(toy.ID | {"}": 60}, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path / "m")
+    toy.model(32, 2, seed=0).config.save_pretrained(tmp_path / "m")
+    asked = []
+
+    def make_sampler(cfg, path, model, tokenizer, vocab, stops):
+        asked.append(vocab)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(rollout, "make_sampler", make_sampler)
+    options = [
+        "--model",
+        tmp_path / "m",
+        "--data",
+        "toy",
+        "--limit",
+        "1",
+        "--template",
+        "raw",
+        "--out",
+        tmp_path / "ev",
+    ]
+    with pytest.raises(SystemExit, match="enough"):
+        evaluate.main(parse(EvalConfig, list(map(str, options))))
+    assert asked == [61]
+
+
 # -----------------------------------------------------------------------------
 # runs lost
