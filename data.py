@@ -6,6 +6,7 @@ minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of
 """
 
 import csv
+import datetime
 import functools
 import gzip
 import hashlib
@@ -38,6 +39,7 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # also .jsonl.gz, .json.gz a
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 PLAIN = "Question: {question}\n" + INSTRUCTION + "\nAnswer:"
+DATE = datetime.date(2025, 1, 1)  # today to chat templates that name the date: a run must not change at midnight
 MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
 # -----------------------------------------------------------------------------
@@ -210,6 +212,7 @@ def apply_chat_template(id, messages, tokenizer, template_args):
     import jinja2
 
     is_prefilled = messages[-1]["role"] == "assistant"
+    template_args = {"strftime_now": DATE.strftime} | template_args
     options = {"add_generation_prompt": not is_prefilled, "continue_final_message": is_prefilled, "return_dict": False}
     try:
         return tokenizer.apply_chat_template(messages, **options, **template_args)

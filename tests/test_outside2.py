@@ -146,3 +146,10 @@ def test_tokens_beyond_a_gap_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
 
 # -----------------------------------------------------------------------------
 # runs lost
+
+
+def test_a_template_that_names_the_date_gives_the_same_prompt_every_day():
+    """sgl-project/sglang#3296, oobabooga/textgen#6692. A run that went on after midnight was refused: other prompts."""
+    tokenizer = chat_tokenizer("{{ strftime_now('%Y%m%d') }}{{ messages[0]['content'] }}")
+    chat = data.Problem("a", [{"role": "user", "content": "1+1"}], "2")
+    assert tokenizer.decode(data.encode(chat, tokenizer)) == "202501011+1"
