@@ -153,3 +153,17 @@ def test_a_template_that_names_the_date_gives_the_same_prompt_every_day():
     tokenizer = chat_tokenizer("{{ strftime_now('%Y%m%d') }}{{ messages[0]['content'] }}")
     chat = data.Problem("a", [{"role": "user", "content": "1+1"}], "2")
     assert tokenizer.decode(data.encode(chat, tokenizer)) == "202501011+1"
+
+
+def test_a_graders_worker_that_is_killed_changes_no_verdict():
+    """OpenRLHF/OpenRLHF#1139, joblib/loky#1: by the OOM killer, say, while it is idle or at work."""
+    with grade.Grader(workers=1) as grader:
+        assert grader.grade([("\\boxed{x+1}", "1+x", True)]) == [("x+1", True, "equal")]
+        os.kill(grader.started[0].pid, signal.SIGKILL)
+        os.waitid(os.P_PID, grader.started[0].pid, os.WEXITED | os.WNOWAIT)
+        assert grader.grade([("\\boxed{x+2}", "2+x", True)]) == [("x+2", True, "equal")]
+        pid = grader.started[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        assert grader.grade([("\\boxed{x+3}", "3+x", True)]) == [("x+3", True, "equal")]
+        assert len(grader.started) == 1
