@@ -167,3 +167,9 @@ def test_a_graders_worker_that_is_killed_changes_no_verdict():
         threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
         assert grader.grade([("\\boxed{x+3}", "3+x", True)]) == [("x+3", True, "equal")]
         assert len(grader.started) == 1
+
+
+def test_a_notebooks_matplotlib_backend_does_not_matter():
+    """bmaltais/kohya_ss#2521, deeptools/deepTools#1416: !python train.py in a notebook, from another environment."""
+    env = ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", "import plot; plot.pyplot()"], cwd=ROOT, env=env, check=True)
