@@ -11,6 +11,7 @@ import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -69,6 +70,37 @@ def say(message):
     """Prints a line on rank 0, above the progress bar."""
     if rank() == 0:
         tqdm.write(str(message))
+
+
+class Output:
+    """A text stream that goes on without its reader: | head, or a terminal that was closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def outlive_terminal():
+    """From here on, no print or progress bar of this process fails because nobody reads it."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+def try_to(draw, *args):
+    """draw(*args). If it fails, a warning: a picture must not end a run."""
+    try:
+        draw(*args)
+    except Exception as error:
+        say(f"warning: no picture: {one_line(error)}")
 
 
 def rng_state():

@@ -32,9 +32,11 @@ from common import (
     init_device,
     lock_folder,
     one_line,
+    outlive_terminal,
     rank,
     say,
     seed_for,
+    try_to,
     versions,
     world_size,
     write_file,
@@ -273,7 +275,7 @@ def finish(cfg, rows, out, label, identity):
     summary = report.summary([rows], cfg.k)
     results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": summary}
     write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report.plot_pass_at_k({label: summary}, out / "pass_at_k.png")
+    try_to(report.plot_pass_at_k, {label: summary}, out / "pass_at_k.png")
     print(f"\n{report.summary_table(summary, cfg.k)}\n")
     if cfg.paper:
         print(f"{report.paper_table({label: summary}, cfg.k)}\n")
@@ -312,4 +314,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(parse(EvalConfig))

@@ -39,7 +39,7 @@ import evaluate
 import metrics
 import plot
 import rollout
-from common import init_device, on_all_ranks, rank, say, world_size
+from common import init_device, on_all_ranks, outlive_terminal, rank, say, try_to, world_size
 from configs import TOPK_LOSSES, TrainConfig, command_line, parse
 from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
@@ -376,7 +376,7 @@ def finish(run, cfg, done):
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
-            plot.draw(cfg.out)
+            try_to(plot.draw, cfg.out)
         say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
     if run.lock:
         run.lock.close()
@@ -386,4 +386,5 @@ def finish(run, cfg, done):
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(parse(TrainConfig))

@@ -173,3 +173,45 @@ def test_a_notebooks_matplotlib_backend_does_not_matter():
     """bmaltais/kohya_ss#2521, deeptools/deepTools#1416: !python train.py in a notebook, from another environment."""
     env = ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     subprocess.run([sys.executable, "-c", "import plot; plot.pyplot()"], cwd=ROOT, env=env, check=True)
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plot, "draw", fail)
+    monkeypatch.setattr(report, "plot_pass_at_k", fail)
+    run(pair, tmp_path / "run", steps=1)
+    assert "warning: no picture: no space left\ndone. Student: " in capsys.readouterr().out
+    options = ["--model", pair[1], "--data", "toy", "--limit", "2", "--k", "1", "--max_tokens", "5"]
+    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
+    assert "samples.jsonl, every completion" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_ends_nothing(pair, tmp_path):
+    """pytorch/pytorch#67538: a pipe that was closed, as by | head, or by the end of an SSH session."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, ROOT / "train.py", *flags(pair, tmp_path / "run", sample_every=1)]
+    ended = subprocess.run(command, stdout=write_end, stderr=write_end, env=ENV)
+    assert ended.returncode == 0 and (tmp_path / "run/final").exists() and len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_closed_terminal_stops_a_run_as_a_sigterm_does(pair, tmp_path):
+    """modelscope/ms-swift#5884, hiyouga/LlamaFactory#3036: torchrun sends its ranks SIGHUP, even under nohup."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    child = start(flags(pair, out, **SMALL | dict(steps=99, save_every=0)), slow_sampling, log)
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGHUP)
+    assert join([child]) == 0 and "stopped by SIGHUP after step" in log.read_text()
+    assert checkpoint.latest(out).name == f"step-{len(metrics(out))}"
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = checkpoint.StopSignal()
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    stop.release()
+    assert not stop.requested() and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
