@@ -1,5 +1,6 @@
 """What several files share: ranks, errors that end a run in one line, and files that survive a kill."""
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -177,6 +178,9 @@ def fsync(path: Path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # many network file systems cannot flush a folder
+            raise
     finally:
         os.close(fd)
 
@@ -194,6 +198,8 @@ def lock_folder(folder: Path):
         raise ValueError(
             f"{folder} is in use by {file.read() or 'another process'}: stop it, or choose another --out"
         ) from None
+    except OSError as error:  # such as Lustre without its flock option
+        say(f"warning: {folder} cannot be locked ({error}): do not start two runs with it as --out")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

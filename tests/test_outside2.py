@@ -215,3 +215,32 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
     os.kill(os.getpid(), signal.SIGHUP)
     stop.release()
     assert not stop.requested() and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_file_systems_without_locks_and_without_flushing_of_folders(pair, tmp_path, monkeypatch, capsys):
+    """tox-dev/filelock#67 (Lustre), rfjakob/gocryptfs#587."""
+    fsync = os.fsync
+
+    def no_lock(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def no_folder(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(os, "fsync", no_folder)
+    run(pair, tmp_path / "run", **SMALL)
+    assert "cannot be locked ([Errno 38] Function not implemented): do not start two runs" in capsys.readouterr().out
+    monkeypatch.setattr(toy, "train_missing", lambda *_: None)
+    assert toy.models(tmp_path / "toy")
+
+
+def test_a_disk_that_fails_is_still_an_error(tmp_path, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        common.fsync(tmp_path)
