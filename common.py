@@ -143,14 +143,14 @@ def exit_all(message):
 
 
 def on_all_ranks(task, *args, **kwargs):
-    """task(*args, **kwargs). If it raises ValueError or OSError on any rank, all ranks exit with the first message.
+    """task(*args, **kwargs). If it raises ValueError, OSError or ImportError on any rank, all ranks exit with the first message.
 
     Without this, the ranks on which it went well would wait in their next collective for the one that died.
     """
     result = error = None
     try:
         result = task(*args, **kwargs)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         error = one_line(e)
     errors = [e for e in gather(error) if e]
     if errors:

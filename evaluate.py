@@ -309,7 +309,7 @@ def main(cfg):
             regrade(cfg)
         else:
             run(cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {one_line(error)}")
 
 

@@ -244,3 +244,15 @@ def test_a_disk_that_fails_is_still_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match="Input/output error"):
         common.fsync(tmp_path)
+
+
+def test_a_package_that_a_model_needs_is_named_in_one_line(pair, tmp_path):
+    """hiyouga/LlamaFactory#6044, oobabooga/textgen#7007: quantised models (GPTQ, AWQ) need packages that are not here."""
+    shutil.copytree(pair[0], tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    refused(flags((tmp_path / "m", pair[1]), tmp_path / "run"), "train.py: .*optimum")
+    options = ["--model", str(tmp_path / "m"), "--data", "toy", "--limit", "1", "--out", str(tmp_path / "ev")]
+    with pytest.raises(SystemExit, match="evaluate.py: .*optimum"):
+        evaluate.main(parse(EvalConfig, options))
