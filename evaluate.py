@@ -202,6 +202,7 @@ def prepare(cfg, device):
     model, label = choose_model(cfg.model, cfg.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
     config = AutoConfig.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
+    text_config = config.get_text_config()
     names = cfg.data
     if not names:
         import toy
@@ -213,11 +214,11 @@ def prepare(cfg, device):
     prompts, identity = [], {}
     for name, path in paths.items():
         problems = data.load(path, limit=cfg.limit)
-        encoded = data.encode_all(problems, tokenizer, cfg, config.vocab_size)
+        encoded = data.encode_all(problems, tokenizer, cfg, text_config.vocab_size)
         identity[f"problems of {name}"] = data.digest([[p.id, ids, p.answer] for p, ids in encoded])
         prompts += [(name, problem, ids) for problem, ids in encoded]
     longest = max(len(ids) for _, _, ids in prompts)
-    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    context = getattr(text_config, "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
     out = cfg.out or str(Path("out/eval", label, "+".join(paths)))

@@ -82,7 +82,7 @@ def load_tokenizer(paths, cfg):
     tokenizer = tokenizers["student"]
     vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
     for role, path in paths.items():
-        config = AutoConfig.from_pretrained(path, **hub_options)
+        config = AutoConfig.from_pretrained(path, **hub_options).get_text_config()
         vocab = min(vocab, config.vocab_size)
         context = getattr(config, "max_position_embeddings", None)
         if context and cfg.max_prompt + cfg.max_response > context:
@@ -113,11 +113,14 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
     config = AutoConfig.from_pretrained(path, **hub_options)
     file_dtype = config.dtype or torch.float32
-    for name, value in vars(config).items():  # dropout is always off: the gate would take it for drift
+    text_config = config.get_text_config()  # a part of it if the model sees pictures too, else all of it
+    for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+            setattr(text_config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options).requires_grad_(trainable)
+    lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options).requires_grad_(False)
+    for part in (lm.get_decoder(), lm.get_output_embeddings()):  # what sees pictures stays as it is
+        part.requires_grad_(trainable)
     check_head(lm, path)
     if trainable and cfg.grad_ckpt:
         lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,7 +96,7 @@ def make_config(tmp_path, **settings):
 def without_model(monkeypatch):
     """evaluate.py with a sampler and a tokenizer that need no model; the sampler."""
     sampler = FakeSampler()
-    context = SimpleNamespace(max_position_embeddings=512, vocab_size=256)
+    context = transformers.PretrainedConfig(max_position_embeddings=512, vocab_size=256)
     for auto, found in ((transformers.AutoTokenizer, FakeTokenizer()), (transformers.AutoConfig, context)):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, found=found, **__: found)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)

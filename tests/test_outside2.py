@@ -256,3 +256,26 @@ def test_a_package_that_a_model_needs_is_named_in_one_line(pair, tmp_path):
     options = ["--model", str(tmp_path / "m"), "--data", "toy", "--limit", "1", "--out", str(tmp_path / "ev")]
     with pytest.raises(SystemExit, match="evaluate.py: .*optimum"):
         evaluate.main(parse(EvalConfig, options))
+
+
+def test_the_text_part_of_a_model_that_sees_pictures_is_trained(tmp_path):
+    """huggingface/transformers#36683, EleutherAI/lm-evaluation-harness#3234: its config has no vocab_size of its own."""
+    text = dict(
+        vocab_size=42, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+        num_key_value_heads=1, max_position_embeddings=256, attention_dropout=0.5,
+    )  # fmt: skip
+    picture = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    config = Gemma3Config(text_config=text, vision_config=picture, mm_tokens_per_image=4)
+    Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "m")
+    toy.tokenizer().save_pretrained(tmp_path / "m")
+    pair = (tmp_path / "m", tmp_path / "m")
+    rows, weights = run(pair, tmp_path / "run", grad_ckpt="true", **SMALL | dict(steps=1))
+    run(pair, tmp_path / "run", grad_ckpt="true", **SMALL | dict(steps=2, resume="true"))
+    assert rows[0]["gap"] == pytest.approx(0, abs=1e-5)  # no dropout
+    options = ["--model", tmp_path / "run/step-2", "--data", "toy", "--limit", "1", "--k", "1", "--max_tokens", "5"]
+    evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "ev")]))
+    cfg = parse(TrainConfig, flags(pair, tmp_path / "b", max_prompt=200, max_response=99))
+    with pytest.raises(ValueError, match="context of 256"):
+        policy.load_tokenizer({"student": str(tmp_path / "m")}, cfg)
