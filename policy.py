@@ -200,10 +200,15 @@ def stop_ids(tokenizer, generation_config=None) -> list[int]:
 
 def end_of_turn(tokenizer) -> list[int]:
     """The first special token that the chat template puts after an answer; empty if there is none."""
+    import jinja2
+
     if not getattr(tokenizer, "chat_template", None):
         return []
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
-    _, found, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
+    try:
+        _, found, end = tokenizer.apply_chat_template(chat, tokenize=False).rpartition("It is 2.")
+    except jinja2.exceptions.TemplateError:  # a template for other messages; encode() says if it refuses ours
+        return []
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     # Some tokenizers have the newline that follows as an added token: that ends no answer.
