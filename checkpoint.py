@@ -264,15 +264,16 @@ def export(checkpoint, trust_remote_code=False) -> Path:
 
 
 class StopSignal:
-    """From listen() to release(), SIGTERM and Ctrl-C only ask the run to stop, at the next place where it can."""
+    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop, at the next place where it can."""
 
     def __init__(self):
         self.reason = ""  # the signal's name, once there was one
         self.previous_handlers = {}
 
     def listen(self):
-        for s in (signal.SIGTERM, signal.SIGINT):
-            self.previous_handlers[s] = signal.signal(s, self.handle)
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(s) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                self.previous_handlers[s] = signal.signal(s, self.handle)
 
     def handle(self, signum, frame):
         self.reason = self.reason or signal.Signals(signum).name

@@ -1,5 +1,6 @@
 """What several files share: ranks, errors that end a run in one line, and files that survive a kill."""
 
+import errno
 import fcntl
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import random
 import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -72,6 +73,37 @@ def say(message):
         tqdm.write(str(message))
 
 
+class Output:
+    """A text stream that goes on without its reader: | head, or a terminal that was closed."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
+def outlive_terminal():
+    """From here on, no print or progress bar of this process fails because nobody reads it."""
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
+
+
+def try_to(draw, *args):
+    """draw(*args). If it fails, a warning: a picture must not end a run."""
+    try:
+        draw(*args)
+    except Exception as error:
+        say(f"warning: no picture: {one_line(error)}")
+
+
 def rng_state():
     """Of every generator of this process, in types that torch.load(weights_only=True) takes."""
     kind, keys, *rest = np.random.get_state()
@@ -111,14 +143,14 @@ def exit_all(message):
 
 
 def on_all_ranks(task, *args, **kwargs):
-    """task(*args, **kwargs). If it raises ValueError or OSError on any rank, all ranks exit with the first message.
+    """task(*args, **kwargs). If it raises ValueError, OSError or ImportError on any rank, all ranks exit with the first message.
 
     Without this, the ranks on which it went well would wait in their next collective for the one that died.
     """
     result = error = None
     try:
         result = task(*args, **kwargs)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, ImportError) as e:
         error = one_line(e)
     errors = [e for e in gather(error) if e]
     if errors:
@@ -160,6 +192,9 @@ def fsync(path: Path):
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # many network file systems cannot flush a folder
+            raise
     finally:
         os.close(fd)
 
@@ -177,6 +212,8 @@ def lock_folder(folder: Path):
         raise ValueError(
             f"{folder} is in use by {file.read() or 'another process'}: stop it, or choose another --out"
         ) from None
+    except OSError as error:  # such as Lustre without its flock option
+        say(f"warning: {folder} cannot be locked ({error}): do not start two runs with it as --out")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()

@@ -6,6 +6,7 @@ minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of
 """
 
 import csv
+import datetime
 import functools
 import gzip
 import hashlib
@@ -55,6 +56,7 @@ TEXT_TEMPLATES = {
     "solution": "{question}\n\nSolution:",
     "raw": "{question}",
 }
+DATE = datetime.date(2025, 1, 1)  # today to chat templates that name the date: a run must not change at midnight
 MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
 # -----------------------------------------------------------------------------
@@ -225,7 +227,10 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
         return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
     question = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
     pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
-    ids = tokenizer(pattern.replace("{question}", question))["input_ids"]
+    text = pattern.replace("{question}", question)
+    ids = tokenizer(text)["input_ids"]
+    if ids[-1:] == [getattr(tokenizer, "eos_token_id", None)] and not text.endswith(tokenizer.eos_token):
+        ids = ids[:-1]  # some tokenizers end every text with EOS, as for training; nothing would be left to answer
     has_two_bos = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if has_two_bos else ids  # the template's text began with BOS, and the tokenizer added another
 
@@ -234,6 +239,7 @@ def apply_chat_template(id, messages, tokenizer, template_args):
     import jinja2
 
     is_prefilled = messages[-1]["role"] == "assistant"
+    template_args = {"strftime_now": DATE.strftime} | template_args
     options = {"add_generation_prompt": not is_prefilled, "continue_final_message": is_prefilled, "return_dict": False}
     try:
         return tokenizer.apply_chat_template(messages, **options, **template_args)

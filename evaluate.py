@@ -32,9 +32,11 @@ from common import (
     init_device,
     lock_folder,
     one_line,
+    outlive_terminal,
     rank,
     say,
     seed_for,
+    try_to,
     versions,
     world_size,
     write_file,
@@ -59,8 +61,20 @@ def answer(sampler, tokenizer, jobs, grader, *, seed, **sampling):
     for (name, problem, _, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
         row = {"data": name, "problem": problem.id, "sample": i, "seed": seed_i, "tokens": len(r.response)}
         row |= {"finish": r.finish, "gold": problem.answer}
-        rows.append(row | {"text": tokenizer.decode(r.response, skip_special_tokens=True)})
+        rows.append(row | {"text": text_of(r, tokenizer)})
     return graded(rows, grader)
+
+
+def text_of(r, tokenizer):
+    """The text of a rollout's response without special tokens, but with the <think> tags that tell grade.py what to skip.
+
+    Some tokenizers count the tags as special tokens; some chat templates open the reasoning at the end of the prompt.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {i for i, token in added if token.special and token.content.strip() not in ("<think>", "</think>")}
+    text = tokenizer.decode([i for i in r.response if i not in special])
+    is_opened = tokenizer.decode(r.prompt[-8:]).rstrip().endswith("<think>")
+    return "<think>" + text if is_opened else text
 
 
 def graded(rows, grader):
@@ -197,6 +211,7 @@ def prepare(cfg, device):
     model, label = choose_model(cfg.model, cfg.trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
     config = AutoConfig.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
+    text_config = config.get_text_config()
     names = cfg.data
     if not names:
         import toy
@@ -208,11 +223,11 @@ def prepare(cfg, device):
     prompts, identity = [], {}
     for name, path in paths.items():
         problems = data.load(path, limit=cfg.limit)
-        encoded = data.encode_all(problems, tokenizer, cfg, config.vocab_size)
+        encoded = data.encode_all(problems, tokenizer, cfg, text_config.vocab_size)
         identity[f"problems of {name}"] = data.digest([[p.id, ids, p.answer] for p, ids in encoded])
         prompts += [(name, problem, ids) for problem, ids in encoded]
     longest = max(len(ids) for _, _, ids in prompts)
-    context = getattr(config, "max_position_embeddings", None) or 1 << 30
+    context = getattr(text_config, "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
     out = cfg.out or str(Path("out/eval", label, "+".join(paths)))
@@ -244,9 +259,8 @@ def run(cfg):
     parts = list(split_jobs(prompts, cfg.n, cfg.batch))
     is_missing = [any((name, problem.id, i) not in rows for name, problem, _, i in jobs) for jobs in parts]
     if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
-        sampler = rollout.make_sampler(
-            cfg, cfg.model, None, tokenizer, len(tokenizer), stop_ids_of(cfg.model, tokenizer)
-        )
+        vocab = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): there may be gaps between its ids
+        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, vocab, stop_ids_of(cfg.model, tokenizer))
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
@@ -271,7 +285,7 @@ def finish(cfg, rows, out, label, identity):
     summary = report.summary([rows], cfg.k)
     results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": summary}
     write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
-    report.plot_pass_at_k({label: summary}, out / "pass_at_k.png")
+    try_to(report.plot_pass_at_k, {label: summary}, out / "pass_at_k.png")
     print(f"\n{report.summary_table(summary, cfg.k)}\n")
     if cfg.paper:
         print(f"{report.paper_table({label: summary}, cfg.k)}\n")
@@ -305,9 +319,10 @@ def main(cfg):
             regrade(cfg)
         else:
             run(cfg)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"evaluate.py: {one_line(error)}")
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(parse(EvalConfig))

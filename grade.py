@@ -312,16 +312,19 @@ class Grader:
         self.verdicts.update(verdicts)
         return [(answer, *self.verdicts[answer, gold]) for answer, gold in pairs]
 
-    def _ask(self, pair):
-        """A worker's verdict on (answer, gold)."""
+    def _ask(self, pair, retries=1):
+        """A worker's verdict on (answer, gold). A worker that something else kills, such as the OOM killer, is asked again."""
         worker = self.idle.get()
         if worker is None:
             command = [sys.executable, __file__, str(self.seconds)]
             # a session of its own, out of reach of a Ctrl-C that the caller may survive
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
             self.started.append(worker)
-        worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
-        worker.stdin.flush()
+        try:
+            worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
+            worker.stdin.flush()
+        except BrokenPipeError:  # it died while it was idle, and gives no reply
+            pass
         ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)  # it may hang and use no CPU
         reply = worker.stdout.readline() if ready else b""
         if reply.endswith(b"\n"):
@@ -331,6 +334,8 @@ class Grader:
         worker.communicate()
         self.started.remove(worker)
         self.idle.put(None)
+        if ready and worker.returncode == -signal.SIGKILL and retries:
+            return self._ask(pair, retries - 1)
         is_slow = not ready or worker.returncode == -signal.SIGXCPU
         return False, "time limit" if is_slow else "crash"
 

@@ -5,6 +5,7 @@ gates.png: the mean gate by position in the response, over steps, of the first r
 """
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -25,9 +26,7 @@ def read(run) -> list[dict]:
 
 def pyplot():
     """matplotlib.pyplot without a display; imported only where a picture is drawn, because that takes a second."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    os.environ["MPLBACKEND"] = "Agg"  # not a notebook's: without its package, matplotlib would fail to import
     import matplotlib.pyplot as plt
 
     return plt

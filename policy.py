@@ -107,7 +107,7 @@ def load_tokenizer(paths, cfg):
     tokenizer = tokenizers["student"]
     vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
     for role, path in paths.items():
-        config = AutoConfig.from_pretrained(path, **hub_options)
+        config = AutoConfig.from_pretrained(path, **hub_options).get_text_config()
         vocab = min(vocab, config.vocab_size)
         context = getattr(config, "max_position_embeddings", None)
         if context and cfg.max_prompt + cfg.max_response > context:
@@ -138,14 +138,17 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
     config = AutoConfig.from_pretrained(path, **hub_options)
     file_dtype = config.dtype or torch.float32
-    for name, value in vars(config).items():  # dropout is always off: the gate would take it for drift
+    text_config = config.get_text_config()  # a part of it if the model sees pictures too, else all of it
+    for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
         if "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
+            setattr(text_config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None  # a collective
     with one_rank_at_a_time():  # each holds the whole model in host memory until it has sharded it
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
-        lm.requires_grad_(trainable)
+        lm.requires_grad_(False)
+        for part in (lm.get_decoder(), lm.get_output_embeddings()):  # what sees pictures stays as it is
+            part.requires_grad_(trainable)
         check_head(lm, path)
         if trainable and cfg.grad_ckpt:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -186,6 +189,8 @@ def check_head(lm, path):
         raise ValueError(f"{path} caps its logits (final_logit_softcapping {cap}), which losses.py does not do")
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()
+    if logits.isnan().any():
+        raise ValueError(f"{path} gives NaN logits: its weights are damaged, or overflow in {lm.dtype}")
     hidden = lm.get_decoder()(input_ids=ids).last_hidden_state[0, -1:]
     out = lm.get_output_embeddings()
     ours = nn.functional.linear(hidden, out.weight, out.bias)[0].float()
@@ -228,7 +233,7 @@ def end_of_turn(tokenizer) -> list[int]:
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except jinja2.exceptions.TemplateError:  # a template without turns of an assistant
+    except jinja2.exceptions.TemplateError:  # a template for other messages; encode() says if it refuses ours
         return []
     _, found, end = text.rpartition("It is 2.")
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []

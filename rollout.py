@@ -90,7 +90,8 @@ class HFSampler:
             for name, weight in weights:
                 missing.pop(name).copy_(weight)
             missing = missing.keys() - self.model.all_tied_weights_keys.keys()  # tied weights come once
-            assert not missing, f"sync did not get {sorted(missing)}"
+            if missing:
+                raise RuntimeError(f"sync did not get {sorted(missing)}")
 
     def sleep(self):
         pass
@@ -255,7 +256,8 @@ class VLLMSampler:
         if self.is_asleep:
             self.llm.wake_up(["kv_cache"])
         self.is_asleep = False
-        assert self.llm.reset_prefix_cache(), "vLLM kept its prefix cache"
+        if not self.llm.reset_prefix_cache():  # no assert: python -O would leave the call out
+            raise RuntimeError("vLLM kept its prefix cache, which is of the old weights")
 
     def sleep(self):
         """Frees the GPU's memory until the next sync or sample.

@@ -20,6 +20,7 @@ import multiprocessing
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,8 @@ def models(root="out/toy", recipe=RECIPE) -> tuple[str, str]:
     if not all(folder.exists() for folder in folders.values()):
         root.mkdir(parents=True, exist_ok=True)
         with open(root / ".lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
             # Another process may have trained them while this one waited for the lock.
             train_missing(root, {role: recipe[role] for role, folder in folders.items() if not folder.exists()})
     return str(folders["teacher"]), str(folders["student"])

@@ -39,7 +39,7 @@ import evaluate
 import metrics
 import plot
 import rollout
-from common import init_device, on_all_ranks, rank, say, world_size
+from common import init_device, on_all_ranks, outlive_terminal, rank, say, try_to, world_size
 from configs import TOPK_LOSSES, TrainConfig, command_line, parse
 from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
@@ -114,7 +114,7 @@ def topk_loss(policy, batch, cfg):
     logp = (z - lse[:, None]).detach()
 
     # A teacher's server may return fewer than K tokens: an unfilled slot holds log-prob -inf, and an id without meaning.
-    is_filled = targets["topk_logq"] > -torch.inf  # [N, K]
+    is_filled = targets["topk_logq"] != -torch.inf  # [N, K]; NaN is filled, so that the update is skipped
     sampled_in_topk = (is_filled & (targets["topk_ids"] == sampled)).any(1)  # [N]
     info = {
         "outside": 1 - sampled_in_topk.float(),
@@ -377,7 +377,7 @@ def finish(run, cfg, done):
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
-            plot.draw(cfg.out)
+            try_to(plot.draw, cfg.out)
         say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
     if run.lock:
         run.lock.close()
@@ -387,4 +387,5 @@ def finish(run, cfg, done):
 
 
 if __name__ == "__main__":
+    outlive_terminal()
     main(parse(TrainConfig))

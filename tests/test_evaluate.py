@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from data import Problem
 
 class FakeTokenizer:
     chat_template = None
+    added_tokens_decoder = {}
 
     def __call__(self, text):
         return {"input_ids": list(text.encode())}
@@ -29,8 +29,8 @@ class FakeTokenizer:
     def decode(self, ids, skip_special_tokens=False):
         return bytes(ids).decode()
 
-    def __len__(self):
-        return 256
+    def get_vocab(self):
+        return {chr(i): i for i in range(256)}
 
 
 class FakeSampler:
@@ -96,7 +96,7 @@ def make_config(tmp_path, **settings):
 def without_model(monkeypatch):
     """evaluate.py with a sampler and a tokenizer that need no model; the sampler."""
     sampler = FakeSampler()
-    context = SimpleNamespace(max_position_embeddings=512, vocab_size=256)
+    context = transformers.PretrainedConfig(max_position_embeddings=512, vocab_size=256)
     for auto, found in ((transformers.AutoTokenizer, FakeTokenizer()), (transformers.AutoConfig, context)):
         monkeypatch.setattr(auto, "from_pretrained", lambda *_, found=found, **__: found)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)
