@@ -1,18 +1,18 @@
 """python -m pytest tests/test_examples.py      examples/ against train.update; needs TRL, or verl (.ci/run installs both)"""
 
-import copy
 import importlib.util
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from conftest import toy_vocabulary
-from helpers import ENV, ROOT, flags
+from helpers import ENV, ROOT, flags, join, start_ranks
 from test_reference import Recorder, distance, random_model
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
 
 import data
@@ -31,14 +31,17 @@ needs_verl = pytest.mark.skipif(not HAS_VERL, reason="verl is not installed; .ci
 if HAS_TRL:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
     import trl
+    from accelerate.state import AcceleratorState
     from datasets import Dataset
 
     from examples.trl_opd_gate import REQUIRED, OPDTrainer
 if HAS_VERL:
-    import verl.trainer.ppo.core_algos as core_algos
-    from verl.workers.config import FSDPActorConfig
+    from tensordict import TensorDict
+    from verl.utils.tensordict_utils import assign_non_tensor
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+    from verl.workers.utils.losses import ppo_loss
 
-    import examples.verl_policy_loss  # noqa: F401
+    import examples.verl_policy_loss  # noqa: F401  it registers the loss
 
 
 # -----------------------------------------------------------------------------
@@ -76,7 +79,8 @@ def our_gradient(models, rollouts, now="new", **options):
     cfg = parse(TrainConfig, flags((models["teacher"], models["new"]), "unused", minibatches=1, **options))
     vocabulary = toy_vocabulary()
     old, now, teacher = (
-        policy.load_policy(models[role], cfg, vocabulary, CPU, trainable=role == now) for role in ("old", now, "teacher")
+        policy.load_policy(models[role], cfg, vocabulary, CPU, trainable=role == now)
+        for role in ("old", now, "teacher")
     )
     (batches,) = data.make_minibatches(rollouts, cfg, 0, vocabulary, CPU)
     for batch in batches:
@@ -180,6 +184,25 @@ def test_trl_computes_our_gradient(models, tmp_path, split, lengths):
             assert distance(gradient, our_gradient(models, seen, now, gate="none")) > 1e-3
 
 
+@needs_trl
+def test_two_ranks_compute_our_gradient(models, tmp_path):
+    """Each with half of the rollouts, in two micro-batches, and with another number of tokens."""
+    rollouts = rollouts_of(LENGTHS["ragged"])
+    settings = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, ddp_backend="gloo")
+
+    def one_rank(rank):
+        AcceleratorState._reset_state(reset_partial_state=True)  # that of the tests before, in one process
+        share = rollouts[4 * rank : 4 * rank + 4]
+        trainer = make_trainer(models, tmp_path, share, settings=settings, teacher=load(models["teacher"]), block=4)
+        trainer.train()
+        torch.save(trainer.gradients[1], tmp_path / f"{rank}.pt")
+
+    assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    exact = our_gradient(models, rollouts)
+    for rank in range(2):
+        assert distance(torch.load(tmp_path / f"{rank}.pt"), exact) < 1e-5
+
+
 class Ungated(trl.GRPOTrainer if HAS_TRL else object):
     """TRL's own loss on OPDTrainer's advantages."""
 
@@ -251,5 +274,73 @@ def test_the_example_runs_on_the_toy_pair(tmp_path):
     done = subprocess.run(command + small, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/trl/model.safetensors").exists()
-    refused = subprocess.run(command + ["--beta", "0.1"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.endswith("ValueError: beta is 0.1; the gate needs 0.0\n")
+
+
+# -----------------------------------------------------------------------------
+# verl
+
+LONG = [5 * n for n in LENGTHS["ragged"]]  # the example's blocks have 64 tokens
+
+
+def jagged(rows):
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def verl_gradient(models, rollouts, n_micro=1, weight=None):
+    """{parameter: its gradient} of verl's ppo_loss in n_micro micro-batches. weight: of verl's own, for every token."""
+    old, new, teacher = (load(models[role]) for role in ("old", "new", "teacher"))
+    config = FSDPActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1,
+        policy_loss=PolicyLossConfig(loss_mode="opd_drift_gate"),
+    )  # fmt: skip
+    n_tokens = sum(len(r.response) for r in rollouts)
+    size = len(rollouts) // n_micro
+    for start in range(0, len(rollouts), size):
+        share = rollouts[start : start + size]
+        tokens = [torch.tensor(r.response) for r in share]
+
+        def logprobs(model, share=share, tokens=tokens):
+            return [reference.of(reference.logprobs(model, r, 0.9), y) for r, y in zip(share, tokens, strict=True)]
+
+        with torch.no_grad():
+            logp_old, logq = logprobs(old), logprobs(teacher)
+        fields = {
+            "prompts": [torch.tensor(r.prompt) for r in share],
+            "responses": tokens,
+            "response_mask": [torch.ones(len(y)) for y in tokens],
+            "old_log_probs": logp_old,
+            "advantages": [q - p for q, p in zip(logq, logp_old, strict=True)],
+        }
+        if weight is not None:
+            fields["rollout_is_weights"] = [torch.full((len(y),), weight) for y in tokens]
+        batch = TensorDict({name: jagged(rows) for name, rows in fields.items()}, batch_size=len(share))
+        assign_non_tensor(batch, dp_size=1, batch_num_tokens=n_tokens, global_batch_size=len(rollouts))
+        # Of prompt and response, a token's at the position before it.
+        logp = [pad(x, (len(r.prompt) - 1, 1)) for x, r in zip(logprobs(new), share, strict=True)]
+        loss, _ = ppo_loss(config, {"log_probs": jagged(logp)}, batch)
+        loss.backward()
+    return {name: p.grad for name, p in new.named_parameters()}
+
+
+@needs_verl
+def test_verl_computes_our_gradient(models):
+    """In one micro-batch; in four it is an approximation, as the docstring says."""
+    rollouts = rollouts_of(LONG)
+    exact = our_gradient(models, rollouts, block=64)
+    assert distance(verl_gradient(models, rollouts), exact) < 1e-5
+    assert 1e-3 < distance(verl_gradient(models, rollouts, n_micro=4), exact) < 0.1
+    assert distance(our_gradient(models, rollouts, gate="none"), exact) > 1e-3  # the gate matters
+
+
+@needs_verl
+def test_verls_own_weights_are_kept(models):
+    rollouts = rollouts_of(LONG)
+    once, twice = (verl_gradient(models, rollouts, weight=weight) for weight in (1.0, 2.0))
+    assert distance(twice, {name: 2 * x for name, x in once.items()}) < 1e-6
+
+
+@needs_verl
+def test_verl_loads_the_loss_as_its_docstring_says():
+    program = "import verl; from verl.trainer.ppo.core_algos import get_policy_loss_fn as f; f('opd_drift_gate')"
+    env = ENV | {"PYTHONPATH": f"{ROOT}:{ROOT / 'examples'}", "VERL_USE_EXTERNAL_MODULES": "verl_policy_loss"}
+    subprocess.run([sys.executable, "-c", program], env=env, check=True, timeout=120)
