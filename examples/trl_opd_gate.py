@@ -70,7 +70,7 @@ class OPDTrainer(trl.GRPOTrainer):
         if self.accelerator.sync_gradients:  # after the last micro-batch of an update, before clipping
             # TRL has divided by the number of tokens; Eq. 1 divides by the sum of the gates, which is known only now. (Gates
             # normalised in each micro-batch would hide which of them has drifted: .5 to 10 % off in the gradient.)
-            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the batch of rollouts
+            share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollouts
             n_tokens = share * self._buffered_inputs[0]["num_items_in_batch"].clamp(min=1)
             mean_gate = (self.accelerator.reduce(self.gate_sum).clamp(min=1e-30) / n_tokens).item()
             for p in model.parameters():
