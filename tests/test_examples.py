@@ -1,6 +1,6 @@
 """python -m pytest tests/test_examples.py      examples/ against train.update; needs TRL, or verl (.ci/run installs both)"""
 
-import importlib.util
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -11,6 +11,7 @@ import reference
 import torch
 from conftest import toy_vocabulary
 from helpers import ENV, ROOT, flags, join, start_ranks
+from packaging.version import Version
 from test_reference import Recorder, distance, random_model
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM
@@ -24,10 +25,18 @@ from rollout import Rollout
 from teacher import teacher_targets
 
 CPU = torch.device("cpu")
-HAS_TRL = importlib.util.find_spec("trl") is not None
-needs_trl = pytest.mark.skipif(not HAS_TRL, reason="TRL is not installed: pip install 'trl>=1.16'")
-HAS_VERL = importlib.util.find_spec("verl") is not None
-needs_verl = pytest.mark.skipif(not HAS_VERL, reason="verl is not installed; .ci/run says what it needs on a CPU")
+
+
+def has(package, version):
+    try:
+        return Version(importlib.metadata.version(package)) >= Version(version)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+HAS_TRL, HAS_VERL = has("trl", "1.16"), has("verl", "0.9.1")
+needs_trl = pytest.mark.skipif(not HAS_TRL, reason="needs TRL: pip install 'trl>=1.16'")
+needs_verl = pytest.mark.skipif(not HAS_VERL, reason="needs verl 0.9.1; .ci/run installs what it needs on a CPU")
 if HAS_TRL:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # rollout_func is experimental
     import trl
