@@ -113,8 +113,12 @@ def main():
     args, flags = parser.parse_args_into_dataclasses()
     student = toy.models()[1] if flags.student == "toy" else flags.student
     teacher = toy.models()[0] if flags.teacher == "toy" else flags.teacher
-    data.shared_vocab(*map(AutoTokenizer.from_pretrained, (student, teacher)))  # ValueError if their tokens differ
-    prompts = Dataset.from_list([{"prompt": problem.prompt} for problem in data.load(flags.data, seed=args.seed)])
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    data.shared_vocab(tokenizer, AutoTokenizer.from_pretrained(teacher))  # ValueError if their tokens differ
+    # The prompts of train.py, as text; TRL adds BOS itself.
+    ids = [data.encode(problem, tokenizer) for problem in data.load(flags.data, seed=args.seed)]
+    texts = [text.removeprefix(tokenizer.bos_token or "") for text in tokenizer.batch_decode(ids)]
+    prompts = Dataset.from_dict({"prompt": texts})
     trainer = OPDTrainer(student, AutoModelForCausalLM.from_pretrained(teacher), args, train_dataset=prompts)
     trainer.train()
     trainer.save_model()
