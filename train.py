@@ -338,7 +338,7 @@ def main(cfg, before_update=None):
                 if before_update:
                     before_update(run, minibatch, epoch)
                 result, per_token = update(policy, optimizer, minibatch, cfg, teacher.head)
-                updates.append((result, per_token))
+                updates.append((minibatch, result, per_token))
                 # Reports an update that was skipped, and ends the run after --max_bad_updates in a row.
                 bad_updates = metrics.count_bad_updates(
                     bad_updates, result, per_token, minibatch, run.train_prompts.problem_ids, cfg
@@ -354,6 +354,8 @@ def main(cfg, before_update=None):
         row |= metrics.stop_gap(micro_batches, run.vocabulary.stop_ids)
         metrics.check_sampler(row, run.device)
         run.logger.log(row)
+        if cfg.trace_every and step % cfg.trace_every == 0:
+            run.logger.log_trace(metrics.trace(done, updates, micro_batches, run.tokenizer, cfg))
         bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})
         if cfg.sample_every and step % cfg.sample_every == 0:
             text = run.tokenizer.decode(rollouts[0].response)
