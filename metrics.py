@@ -18,7 +18,7 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 
 
 class Logger:
-    """log(row) appends to metrics.jsonl on rank 0, and to W&B or TensorBoard if asked for; log_trace(row) to trace.jsonl.
+    """On rank 0, log(row) appends to metrics.jsonl, and to W&B or TensorBoard if asked for; log_trace(row) to trace.jsonl.
 
     A run that goes on from step `start` first drops what it wrote beyond it before it was killed, and a torn last line.
     """
@@ -243,9 +243,9 @@ def by_position(x, position):
 def trace(step, updates, micro_batches, tokenizer, cfg):
     """A row of trace.jsonl: what a step's updates saw at each token of one response. None if this rank has no response.
 
-    The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and advantage
-    are in nats. "epochs" holds what the update of each epoch saw. The advantage is the one that --loss opd uses; of other
-    losses, log q - log pi_old.
+    The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and
+    advantage are in nats. "epochs" holds what the update of each epoch saw. The advantage is the one that --loss opd
+    uses; for other losses, log q - log pi_old.
     """
     responses = [(batch, i) for batch in micro_batches for i in range(len(batch.rollouts))]
     if not responses:
@@ -288,8 +288,8 @@ def numbers(x):
 def token_texts(ids, tokenizer) -> list[str]:
     """Texts of the tokens, which add up to the decoded response.
 
-    Decoded alone, a token may lose its leading space, and one with a part of a character becomes U+FFFD. So each text is
-    what the token adds to the text so far; a character that several tokens share belongs to the last of them.
+    Decoded alone, a token may lose its leading space, and one with a part of a character becomes U+FFFD. So each text
+    is what the token adds to the text so far; a character that several tokens share belongs to the last of them.
     """
     texts = []
     start = end = 0  # texts cover ids[:end]; those from start on are the context of the next one

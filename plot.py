@@ -5,7 +5,7 @@
 
 curves.png: loss, teacher-student gap, drift, gates, pass@k and response length over steps, of one or more runs.
 gates.png: the mean gate by position in the response, over steps, of the first run.
-tokens.html: responses as text, shaded by gate, drift or advantage: assets/tokens.html with the data in it. It needs no network.
+tokens.html: responses as text, shaded by gate, drift or advantage. One file: the template assets/tokens.html, filled in.
 """
 
 import json
@@ -23,18 +23,8 @@ PANELS = {  # title: a regular expression for the names of the metrics in the pa
 }
 
 
-SETTINGS = (
-    "loss",
-    "advantage",
-    "gate",
-    "block",
-    "span_min",
-    "span_max",
-    "tau",
-    "stat",
-    "epochs",
-    "lr",
-)  # that tokens.html shows
+# The flags that tokens.html shows.
+SETTINGS = ("loss", "advantage", "gate", "block", "span_min", "span_max", "tau", "stat", "lr")
 
 
 def read(run, name="metrics.jsonl") -> list[dict]:

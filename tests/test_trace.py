@@ -70,7 +70,7 @@ def test_the_current_advantage_is_traced(scene):
 
 
 def test_tracing_changes_no_bit_and_survives_a_kill(pair, tmp_path):
-    """A run that goes on from step 2 of 4 drops the traces beyond it, and ends with the trace of one that was not killed."""
+    """A run resumed from step 2 of 4 drops the traces beyond it, and ends with the trace of one that was not killed."""
     options = dict(steps=4, epochs=2, save_every=2, keep=9, minibatches=2)
     run(pair, tmp_path / "plain", **options)
     run(pair, tmp_path / "a", **options, trace_every=1)
@@ -124,7 +124,8 @@ def test_texts_of_tokens_add_up_to_the_response():
             assert len(texts) == len(part) and "".join(texts) == tokenizer.decode(part)
     garbage = tokenizer("🙂")["input_ids"][:1] * 9 + tokenizer("ok")["input_ids"]  # no character ever ends
     texts = metrics.token_texts(garbage, tokenizer)
-    assert "".join(texts) == tokenizer.decode(garbage) and texts[-1] == "k"
+    assert "".join(texts) == tokenizer.decode(garbage)
+    assert texts[3] == "\ufffd" * 4 and texts[-1] == "k"
 
 
 # -----------------------------------------------------------------------------
