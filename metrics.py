@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import time
 import zlib
 from dataclasses import asdict
@@ -10,8 +11,11 @@ from pathlib import Path
 
 import torch
 
-from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, write_file
+import rollout
+from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, world_size, write_file
+from configs import TOPK_LOSSES
 from gating import gate_stats
+from report import format_columns, percent
 
 # A sampler this far from the trainer holds other weights: mean |difference| of log-probs on sampled tokens, in nats.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
@@ -96,6 +100,53 @@ def start_wandb(cfg, out, is_resumed):
     except wandb.errors.Error as error:  # such as not being logged in
         raise ValueError(f"--log wandb: {error}") from error
     return wandb
+
+
+# -----------------------------------------------------------------------------
+# what a run prints: a table at its start, and one at its end
+
+
+def start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_out) -> str:
+    """What matters of a run's settings, a line each. OUT/config.json has all of them."""
+    n, n_dropped = len(train_prompts.prompts), train_prompts.n_dropped
+    dropped = f"; {n_dropped} of {n + n_dropped} training prompts are longer than --max_prompt, and left out"
+    sizes = {"block": f", {cfg.block} tokens", "span": f", {cfg.span_min} to {cfg.span_max} tokens"}
+    tau = "" if cfg.gate == "none" else f", tau {cfg.tau:g}"
+    sampler, why = rollout.choose(cfg.rollout, device.type)
+    stops = " and ".join(f"{tokenizer.decode([i])!r} ({i})" for i in vocabulary.stop_ids)
+    _, prompt = train_prompts.prompts[0]
+    lines = {
+        "preset": cfg.preset,
+        "student": cfg.student,
+        "teacher": cfg.teacher_url or cfg.teacher,
+        "data": f"{cfg.data}, {n} problems" + (dropped if n_dropped else ""),
+        "held out": "; ".join(f"{name}, {len(problems)} problems" for name, problems in held_out.items()) or "none",
+        "stops": (stops or "none") + (", counted as one outcome (--merge_stops)" if vocabulary.merged else ""),
+        "loss": cfg.loss + (f", teacher's top {cfg.topk}" if cfg.loss in TOPK_LOSSES else ""),
+        "gate": cfg.gate + sizes.get(cfg.gate, "") + tau,
+        "rollouts": f"{cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} responses, up to {cfg.max_response} tokens",
+        "reuse": f"{cfg.epochs} epochs x {cfg.minibatches} minibatches = {cfg.epochs * cfg.minibatches} updates in a step",
+        "sampler": f"{sampler}: {why}",
+        "device": str(device) + (f", {world_size()} ranks" if world_size() > 1 else ""),
+        "out": cfg.out + (f", resumed from step {start}" if start else ""),
+        "a prompt": f"{len(prompt)} tokens: {tokenizer.decode(prompt)!r}",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def end_table(cfg) -> str:
+    """The first and the last value of the metrics that a run is judged by, and where its results are."""
+    rows = read_jsonl(Path(cfg.out) / "metrics.jsonl")
+    body = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
+        if re.fullmatch("eval/.*(pass|mean)@.*", name):
+            body.append([name, *(f"{percent(x)} %" for x in (values[0], values[-1]))])
+        elif re.fullmatch("eval/.*gap|gap|gate/drift_abs", name):
+            body.append([name, *(f"{x:.3f} nats" for x in (values[0], values[-1]))])
+    places = {"student": "final", "metrics": "metrics.jsonl", "curves": "curves.png"}
+    lines = [f"{name:<10}{cfg.out}/{file}" for name, file in places.items()]
+    return "\n".join(["", format_columns(["", "before", "after"], body), "", *lines])
 
 
 class Clock:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather, rank, rng_state, say, set_rng_state, world_size
+from common import gather, rank, rng_state, set_rng_state, world_size
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -331,8 +331,7 @@ def make_sampler(cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, 
     import transformers as hf
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, why = choose(cfg.rollout, device)
-    say(f"sampling with {kind}: {why}")
+    kind, _ = choose(cfg.rollout, device)
     trust = cfg.trust_remote_code
     if kind == "vllm":
         options = {"max_len": max_len, "memory": cfg.vllm_memory, "tp": tp, "trust": trust, "should_stop": should_stop}
