@@ -110,11 +110,12 @@ def write_tokens(run) -> Path:
 def main(argv):
     runs = [word for word in argv if word != "--tokens"]
     if not runs or any(not (Path(run) / "metrics.jsonl").exists() for run in runs):
-        sys.exit("usage: python plot.py RUN [RUN ...] | RUN --tokens      a run is a folder with a metrics.jsonl")
+        sys.exit("usage: python plot.py RUN [RUN ...] [--tokens]      a run is a folder with a metrics.jsonl")
     if "--tokens" not in argv:
         return draw(*runs)
     try:
-        print(write_tokens(runs[0]))
+        for run in runs:
+            print(write_tokens(run))
     except ValueError as error:
         sys.exit(f"plot.py: {error}")
 
