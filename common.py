@@ -104,6 +104,15 @@ def try_to(draw, *args):
         say(f"warning: no picture: {one_line(error)}")
 
 
+def hide_progress_bars():
+    """Of transformers, which shows one for each model that it loads or writes. Those of downloads stay."""
+    import huggingface_hub.utils
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()  # which that switches off, too
+
+
 def rng_state():
     """Of every generator of this process, in types that torch.load(weights_only=True) takes."""
     kind, keys, *rest = np.random.get_state()

@@ -259,6 +259,7 @@ def run(cfg):
     parts = list(split_jobs(prompts, cfg.n, cfg.batch))
     is_missing = [any((name, problem.id, i) not in rows for name, problem, _, i in jobs) for jobs in parts]
     if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
+        say("sampling with {}: {}".format(*rollout.choose(cfg.rollout, device.type)))
         vocab = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): there may be gaps between its ids
         sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, vocab, stop_ids_of(cfg.model, tokenizer))
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)

@@ -1,8 +1,9 @@
-"""What a step measures, over all ranks, and where it goes: metrics.jsonl, W&B, TensorBoard."""
+"""What a step measures, over all ranks, and where it goes: metrics.jsonl, trace.jsonl, W&B, TensorBoard."""
 
 import json
 import math
 import os
+import re
 import time
 import zlib
 from dataclasses import asdict
@@ -10,26 +11,31 @@ from pathlib import Path
 
 import torch
 
-from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, write_file
+import rollout
+from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, world_size, write_file
+from configs import TOPK_LOSSES
 from gating import gate_stats
+from report import format_columns, percent
 
 # A sampler this far from the trainer holds other weights: mean |difference| of log-probs on sampled tokens, in nats.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 
 
 class Logger:
-    """log(row) appends to metrics.jsonl on rank 0, and to W&B or TensorBoard if asked for.
+    """On rank 0, log(row) appends to metrics.jsonl, and to W&B or TensorBoard if asked for; log_trace(row) to trace.jsonl.
 
     A run that goes on from step `start` first drops what it wrote beyond it before it was killed, and a torn last line.
     """
 
     def __init__(self, cfg, start):
         self.path = Path(cfg.out) / "metrics.jsonl"
+        self.trace_path = Path(cfg.out) / "trace.jsonl"
         self.wandb = self.tensorboard = None
         if rank() > 0:
             return
-        rows = read_jsonl(self.path) if self.path.exists() and start else []
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+        cut(self.path, start)
+        if self.trace_path.exists():
+            cut(self.trace_path, start)
         if cfg.log == "wandb":
             self.wandb = start_wandb(cfg, self.path.parent, is_resumed=start > 0)
         if cfg.log == "tensorboard":
@@ -45,15 +51,21 @@ class Logger:
         if rank() > 0:
             return
         row = {name: x for name, x in row.items() if isinstance(x, list) or math.isfinite(x)}  # JSON has no NaN
-        with self.path.open("ab", buffering=0) as file:
-            file.write((json.dumps(row) + "\n").encode())
-            os.fsync(file.fileno())
+        append(self.path, row)
         scalars = {name: x for name, x in row.items() if not isinstance(x, list)}
         if self.wandb:
             self.wandb.log(scalars, step=row["step"])
         if self.tensorboard:
             for name, x in scalars.items():
                 self.tensorboard.add_scalar(name, x, row["step"])
+
+    def log_trace(self, row):
+        """All ranks call it with what trace() returned; rank 0 writes its own."""
+        on_all_ranks(self.write_trace, row)
+
+    def write_trace(self, row):
+        if rank() == 0 and row:
+            append(self.trace_path, row)
 
     def has_evaluation(self, step):
         """Whether the evaluation after this step is there already: a run can be stopped between saving and evaluating."""
@@ -62,6 +74,18 @@ class Logger:
             rows = [row for row in read_jsonl(self.path) if row["step"] == step]
             found = any(name.startswith("eval") for row in rows for name in row)
         return gather(found)[0]
+
+
+def cut(path, start):
+    """Drops the rows beyond step `start`, or all of them if it is 0, and makes the file if it is not there."""
+    rows = read_jsonl(path) if path.exists() and start else []
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start))
+
+
+def append(path, row):
+    with path.open("ab", buffering=0) as file:
+        file.write((json.dumps(row) + "\n").encode())
+        os.fsync(file.fileno())
 
 
 def start_wandb(cfg, out, is_resumed):
@@ -76,6 +100,53 @@ def start_wandb(cfg, out, is_resumed):
     except wandb.errors.Error as error:  # such as not being logged in
         raise ValueError(f"--log wandb: {error}") from error
     return wandb
+
+
+# -----------------------------------------------------------------------------
+# what a run prints: a table at its start, and one at its end
+
+
+def start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_out) -> str:
+    """What matters of a run's settings, a line each. OUT/config.json has all of them."""
+    n, n_dropped = len(train_prompts.prompts), train_prompts.n_dropped
+    dropped = f"; {n_dropped} of {n + n_dropped} training prompts are longer than --max_prompt, and left out"
+    sizes = {"block": f", {cfg.block} tokens", "span": f", {cfg.span_min} to {cfg.span_max} tokens"}
+    tau = "" if cfg.gate == "none" else f", tau {cfg.tau:g}"
+    sampler, why = rollout.choose(cfg.rollout, device.type)
+    stops = " and ".join(f"{tokenizer.decode([i])!r} ({i})" for i in vocabulary.stop_ids)
+    _, prompt = train_prompts.prompts[0]
+    lines = {
+        "preset": cfg.preset,
+        "student": cfg.student,
+        "teacher": cfg.teacher_url or cfg.teacher,
+        "data": f"{cfg.data}, {n} problems" + (dropped if n_dropped else ""),
+        "held out": "; ".join(f"{name}, {len(problems)} problems" for name, problems in held_out.items()) or "none",
+        "stops": (stops or "none") + (", counted as one outcome (--merge_stops)" if vocabulary.merged else ""),
+        "loss": cfg.loss + (f", teacher's top {cfg.topk}" if cfg.loss in TOPK_LOSSES else ""),
+        "gate": cfg.gate + sizes.get(cfg.gate, "") + tau,
+        "rollouts": f"{cfg.steps} steps x {cfg.prompts} prompts x {cfg.group} responses, up to {cfg.max_response} tokens",
+        "reuse": f"{cfg.epochs} epochs x {cfg.minibatches} minibatches = {cfg.epochs * cfg.minibatches} updates in a step",
+        "sampler": f"{sampler}: {why}",
+        "device": str(device) + (f", {world_size()} ranks" if world_size() > 1 else ""),
+        "out": cfg.out + (f", resumed from step {start}" if start else ""),
+        "a prompt": f"{len(prompt)} tokens: {tokenizer.decode(prompt)!r}",
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def end_table(cfg) -> str:
+    """The first and the last value of the metrics that a run is judged by, and where its results are."""
+    rows = read_jsonl(Path(cfg.out) / "metrics.jsonl")
+    body = []
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row[name] for row in rows if name in row]
+        if re.fullmatch("eval/.*(pass|mean)@.*", name):
+            body.append([name, *(f"{percent(x)} %" for x in (values[0], values[-1]))])
+        elif re.fullmatch("eval/.*(kl|gap)|gap|gate/drift_abs", name):
+            body.append([name, *(f"{x:.3f} nats" for x in (values[0], values[-1]))])
+    places = {"student": "final", "metrics": "metrics.jsonl", "curves": "curves.png"}
+    lines = [f"{name:<10}{cfg.out}/{file}" for name, file in places.items()]
+    return "\n".join(["", format_columns(["", "before", "after"], body), "", *lines])
 
 
 class Clock:
@@ -122,19 +193,19 @@ def of_rollouts(rollouts) -> dict:
 
 
 def of_updates(updates, batches, epochs) -> dict:
-    """Of a step's updates [(result, per-token tensors of each micro-batch)]; {} if there were none.
+    """Of a step's updates [(minibatch, result, per-token tensors of each micro-batch)]; {} if there were none.
 
     Loss and gradient norm are means over all updates that were not skipped. The per-token metrics are of the last epoch,
     where drift is largest. gap: mean of log pi_old - log q, which estimates the reverse KL of student to teacher.
     """
     if not updates:
         return {}
-    good = [result for result, _ in updates if not result["skipped"]]
+    good = [result for _, result, _ in updates if not result["skipped"]]
     row = {name: sum(result[name] for result in good) / len(good) for name in ("loss", "grad_norm") if good}
     row["skipped"] = len(updates) - len(good)
 
     last_epoch = updates[-(len(updates) // epochs) :]
-    parts = [tensors for _, per_token in last_epoch for tensors in per_token]  # one dictionary per micro-batch
+    parts = [tensors for _, _, per_token in last_epoch for tensors in per_token]  # one dictionary per micro-batch
     tokens = {name: all_tokens([part[name] for part in parts]) for name in parts[0] if name != "loss"}
     g, s, d, position = (tokens.pop(name) for name in ("g", "s", "d", "position"))
     row |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d).items()}
@@ -214,3 +285,72 @@ def by_position(x, position):
     total = torch.zeros(2, 20, device=x.device)
     total.index_add_(1, (position * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
     return total[0] / total[1].clamp(min=1)
+
+
+# -----------------------------------------------------------------------------
+# --trace_every: one response, token by token
+
+
+def trace(step, updates, micro_batches, tokenizer, cfg):
+    """A row of trace.jsonl: what a step's updates saw at each token of one response. None if this rank has no response.
+
+    The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and
+    advantage are in nats. "epochs" holds what the update of each epoch saw. The advantage is the one that --loss opd
+    uses; for other losses, log q - log pi_old.
+    """
+    responses = [(batch, i) for batch in micro_batches for i in range(len(batch.rollouts))]
+    if not responses:
+        return None
+    responses.sort(key=lambda response: len(response[0].rollouts[response[1]].response))
+    batch, i = responses[len(responses) // 2]
+    r = batch.rollouts[i]
+    here = batch.rows == i  # [N], True at its tokens
+    segments = batch.segments[here]
+    logp_old = batch.logp_old[here]
+    logq = batch.teacher["logq_sampled"].to(logp_old.device)[here]
+    special_ids = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    row = {
+        "step": step,
+        "prompt": tokenizer.decode(r.prompt),
+        "finish": r.finish,
+        "text": token_texts(r.response, tokenizer),
+        "special": [token in special_ids for token in r.response],
+        "segment": (segments - segments[0]).tolist(),
+        "logp_old": numbers(logp_old),
+        "logq": numbers(logq),
+        "epochs": [],
+    }
+    for minibatch, _, per_token in updates:
+        for other, tensors in zip(minibatch, per_token, strict=True):
+            if other is batch:
+                d = tensors["d"][here]
+                advantage = tensors["advantage"][here] if "advantage" in tensors else logq - logp_old
+                columns = {"logp": logp_old + d, "drift": d, "segment_drift": tensors["s"][here]}
+                columns |= {"gate": tensors["g"][here], "advantage": advantage}
+                row["epochs"].append({name: numbers(x) for name, x in columns.items()})
+    return row
+
+
+def numbers(x):
+    """A tensor as a list that JSON can hold: None for NaN and infinity."""
+    return [round(value, 6) if math.isfinite(value) else None for value in x.tolist()]
+
+
+def token_texts(ids, tokenizer) -> list[str]:
+    """Texts of the tokens, which add up to the decoded response.
+
+    Decoded alone, a token may lose its leading space, and one with a part of a character becomes U+FFFD. So each text
+    is what the token adds to the text so far; a character that several tokens share belongs to the last of them.
+    """
+    texts = []
+    start = end = 0  # texts cover ids[:end]; those from start on are the context of the next one
+    for n in range(1, len(ids) + 1):
+        context = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[start:n], clean_up_tokenization_spaces=False)[len(context) :]
+        is_part = text.endswith("\ufffd") and n - end < 4  # UTF-8 characters have at most 4 bytes
+        if is_part and n < len(ids):
+            texts.append("")
+        else:
+            texts.append(text)
+            start, end = end, n
+    return texts

@@ -1,7 +1,11 @@
-"""metrics.jsonl -> pictures.      python plot.py out/tiny [out/other ...]
+"""What a run recorded, in pictures.
+
+    python plot.py out/tiny [out/other ...]     # writes out/tiny/curves.png and gates.png, from metrics.jsonl
+    python plot.py out/tiny --tokens            # writes out/tiny/tokens.html, from trace.jsonl (train.py --trace_every)
 
 curves.png: loss, teacher-student gap, drift, gates, pass@k and response length over steps, of one or more runs.
 gates.png: the mean gate by position in the response, over steps, of the first run.
+tokens.html: responses as text, shaded by gate, drift or advantage. One file: the template assets/tokens.html, filled in.
 """
 
 import json
@@ -20,8 +24,12 @@ PANELS = {  # title: a regular expression for the names of the metrics in the pa
 }
 
 
-def read(run) -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+# The flags that tokens.html shows.
+SETTINGS = ("loss", "advantage", "gate", "block", "span_min", "span_max", "tau", "stat", "lr")
+
+
+def read(run, name="metrics.jsonl") -> list[dict]:
+    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
 
 
 def pyplot():
@@ -83,7 +91,33 @@ def draw_gates(rows, path, title):
     plt.close(figure)
 
 
+def write_tokens(run) -> Path:
+    """Writes tokens.html into the run's folder, and returns its path. ValueError if the run has no trace."""
+    run = Path(run)
+    if not (run / "trace.jsonl").exists():
+        raise ValueError(f"{run} has no trace.jsonl: train with --trace_every 10, for example")
+    config = json.loads((run / "config.json").read_text())
+    settings = {name: config[name] for name in SETTINGS}
+    data = json.dumps({"run": run.resolve().name, "settings": settings, "steps": read(run, "trace.jsonl")})
+    data = data.replace("<", "\\u003c")  # the same to JSON, but no text in it can end the script that holds it
+    template = Path(__file__).resolve().parent / "assets" / "tokens.html"
+    page = run / "tokens.html"
+    page.write_text(template.read_text(encoding="utf-8").replace("TRACE", data, 1), encoding="utf-8")
+    return page
+
+
+def main(argv):
+    runs = [word for word in argv if word != "--tokens"]
+    if not runs or any(not (Path(run) / "metrics.jsonl").exists() for run in runs):
+        sys.exit("usage: python plot.py RUN [RUN ...] [--tokens]      a run is a folder with a metrics.jsonl")
+    if "--tokens" not in argv:
+        return draw(*runs)
+    try:
+        for run in runs:
+            print(write_tokens(run))
+    except ValueError as error:
+        sys.exit(f"plot.py: {error}")
+
+
 if __name__ == "__main__":
-    if not sys.argv[1:] or any(not (Path(run) / "metrics.jsonl").exists() for run in sys.argv[1:]):
-        sys.exit("usage: python plot.py RUN [RUN ...]      a run is a folder with a metrics.jsonl")
-    draw(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -120,10 +120,7 @@ def load_tokenizer(paths, cfg):
     stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
     stop_ids = sorted({i for ids in stops.values() for i in ids if i < vocab})
     merged = stop_ids if cfg.merge_stops and len(stop_ids) > 1 else []
-    names = " and ".join(f"{tokenizer.decode([i])!r} ({i})" for i in stop_ids)
-    if merged:
-        say(f"{names} end an answer, and count as one outcome (--merge_stops)")
-    elif stops.get("teacher", stops["student"]) != stops["student"]:
+    if not merged and stops.get("teacher", stops["student"]) != stops["student"]:
         say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
     return tokenizer, data.Vocabulary(vocab, data.newline_token_ids(tokenizer, vocab), stop_ids, merged)
 
@@ -240,15 +237,6 @@ def end_of_turn(tokenizer) -> list[int]:
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
     # Some tokenizers have the newline that follows as an added token: that ends no answer.
     return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]
-
-
-def describe_prompts(train_prompts, tokenizer):
-    """Prints a prompt as the student will see it, and how many are left out."""
-    if train_prompts.n_dropped:
-        n_all = train_prompts.n_dropped + len(train_prompts.prompts)
-        say(f"{train_prompts.n_dropped} of {n_all} training prompts are longer than --max_prompt, and left out")
-    _, prompt_ids = train_prompts.prompts[0]
-    say(f"a prompt, {len(prompt_ids)} tokens: {tokenizer.decode(prompt_ids)!r}")
 
 
 # -----------------------------------------------------------------------------

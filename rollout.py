@@ -353,15 +353,14 @@ def make_sampler(
     import transformers as hf
 
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind, why = choose(cfg.rollout, device)
-    say(f"sampling with {kind}: {why}")
+    kind, _ = choose(cfg.rollout, device)
     trust = cfg.trust_remote_code
     if kind == "vllm":
         options = {
             "max_len": max_len,
+            "max_num_seqs": max_num_seqs,
             "memory": cfg.vllm_memory,
             "tp": tp,
-            "max_num_seqs": max_num_seqs,
             "trust": trust,
         }
         return start_engine(path, stops, vocab, should_stop=should_stop, **options)

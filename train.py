@@ -22,10 +22,9 @@ Whatever decides whether one of them is reached (skipped, has_evaluation) is equ
     torchrun --nproc_per_node 8 train.py --preset qwen3    # FSDP2, and one sampler per rank
 """
 
-import json
 import math
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,20 +38,11 @@ import evaluate
 import metrics
 import plot
 import rollout
-from common import init_device, on_all_ranks, outlive_terminal, rank, say, try_to, world_size
+from common import hide_progress_bars, init_device, on_all_ranks, outlive_terminal, rank, say, try_to, world_size
 from configs import TOPK_LOSSES, TrainConfig, command_line, parse
 from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
-from policy import (
-    Policy,
-    describe_prompts,
-    full_tensor,
-    full_weights,
-    load_policy,
-    load_tokenizer,
-    model_paths,
-    token_logprobs,
-)
+from policy import Policy, full_tensor, full_weights, load_policy, load_tokenizer, model_paths, token_logprobs
 from teacher import load_teacher
 
 # -----------------------------------------------------------------------------
@@ -238,11 +228,11 @@ class Run:
 def setup(cfg) -> Run:
     # on_all_ranks(f, ...) calls f on every rank. If it fails on one, all ranks exit (SystemExit) with that error in one line.
     device = on_all_ranks(init_device, cfg)
-    say(f"preset {cfg.preset}, {device}, {world_size()} rank(s)")
 
     # Fail early: check everything before a model loads or a file is written.
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # fails if vLLM was requested but cannot run
+    hide_progress_bars()
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocabulary = on_all_ranks(load_tokenizer, paths, cfg)
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)
@@ -250,8 +240,7 @@ def setup(cfg) -> Run:
     lock = on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
     start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
-    say(json.dumps(asdict(cfg)))
-    describe_prompts(train_prompts, tokenizer)
+    say(metrics.start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_out))
 
     teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocabulary, device)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
@@ -271,8 +260,7 @@ def setup(cfg) -> Run:
     )  # fmt: skip
 
 
-def main(cfg, before_update=None):
-    """before_update(run, micro_batches, epoch) is called before each update, for measurements."""
+def main(cfg):
     run = setup(cfg)
     policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer
 
@@ -281,12 +269,14 @@ def main(cfg, before_update=None):
             on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg, run.train_prompts.digest)
             run.saved = step
 
+    scores = {}  # pass@k of the newest evaluation, for the bar
+
     def evaluate_if_due(step):
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
             row = evaluate.evaluate_student(run, cfg)
             if not run.stop.requested():  # a stop cuts responses short: drop the row; a resumed run evaluates again
-                say(f"step {step}: " + "  ".join(f"{name} {x:.3f}" for name, x in row.items()))
                 run.logger.log({"step": step, **row})
+                scores.update({name: x for name, x in row.items() if "pass@" in name})
 
     run.stop.listen()
     evaluate_if_due(run.start)
@@ -336,10 +326,8 @@ def main(cfg, before_update=None):
             if epoch > 0:  # the first epoch starts with the minibatch that has no old log-probs yet
                 random.Random(f"{cfg.seed} {step} {epoch}").shuffle(minibatches)
             for minibatch in minibatches:
-                if before_update:
-                    before_update(run, minibatch, epoch)
                 result, per_token = update(policy, optimizer, minibatch, cfg, teacher.head)
-                updates.append((result, per_token))
+                updates.append((minibatch, result, per_token))
                 # Reports an update that was skipped, and ends the run after --max_bad_updates in a row.
                 bad_updates = metrics.count_bad_updates(
                     bad_updates, result, per_token, minibatch, run.train_prompts.problem_ids, cfg
@@ -355,7 +343,10 @@ def main(cfg, before_update=None):
         row |= metrics.stop_gap(micro_batches, run.vocabulary.stop_ids)
         metrics.check_sampler(row, run.device)
         run.logger.log(row)
-        bar.set_postfix({name: f"{row[name]:.3g}" for name in ("loss", "gap", "gate/ess") if name in row})
+        if cfg.trace_every and step % cfg.trace_every == 0:
+            run.logger.log_trace(metrics.trace(done, updates, micro_batches, run.tokenizer, cfg))
+        shown = {name: row[name] for name in ("loss", "gap", "gate/ess") if name in row} | scores
+        bar.set_postfix({name: f"{x:.3g}" for name, x in shown.items()})
         if cfg.sample_every and step % cfg.sample_every == 0:
             text = run.tokenizer.decode(rollouts[0].response)
             say(f"--- step {done}, a response ({rollouts[0].finish}): {text!r}")
@@ -378,7 +369,7 @@ def finish(run, cfg, done):
         on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
             try_to(plot.draw, cfg.out)
-        say(f"done. Student: {cfg.out}/final. Metrics: {cfg.out}/metrics.jsonl. Curves: {cfg.out}/curves.png")
+            say(metrics.end_table(cfg))
     if run.lock:
         run.lock.close()
     if dist.is_initialized():  # also in a single process, once vLLM has made a group of its own

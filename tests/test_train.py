@@ -1,10 +1,12 @@
 """python -m pytest tests/test_train.py      (tiny random models, CPU; the two-rank tests take most of the time)"""
 
+import json
 import math
 import random
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
@@ -182,7 +184,6 @@ def test_command_line_end_to_end(pair, tmp_path):
     ]
     done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("preset tiny, cpu")
     rows = metrics(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1, 1, 2, 2]  # an evaluation is a line of its own
     assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
@@ -196,6 +197,19 @@ def test_command_line_end_to_end(pair, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "run" / "final").chat_template
     assert all((tmp_path / "run" / name).stat().st_size > 5000 for name in ("curves.png", "gates.png"))
     assert checkpoint.latest(tmp_path / "run").name == "step-2"
+    start, end, places = done.stdout.strip().split("\n\n")  # two tables, and where the results are
+    said = dict(line.split(maxsplit=1) for line in start.splitlines())
+    assert (said["preset"], said["loss"], said["gate"]) == ("tiny", "opd", "block, 4 tokens, tau 1")
+    assert (said["student"], said["data"], said["held"]) == (pair[1], "toy, 4096 problems", "out  toy, 4 problems")
+    assert said["reuse"] == "2 epochs x 2 minibatches = 4 updates in a step" and said["sampler"].startswith("hf")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["out"] == said["out"] == str(tmp_path / "run") and len(config) == len(fields(TrainConfig))
+    said = dict(line.split(maxsplit=1) for line in end.splitlines()[2:])
+    first, last = (f"{100 * row['eval/mean@2']:.1f}" for row in (rows[0], rows[-1]))
+    assert said["eval/mean@2"].split() == [first, "%", last, "%"]
+    assert said["gap"].split() == [f"{rows[1]['gap']:.3f}", "nats", f"{rows[3]['gap']:.3f}", "nats"]
+    assert f"{tmp_path}/run/final" in places
+    assert "step/s" in done.stderr and "Loading" not in done.stderr and "Writing" not in done.stderr  # one bar
     again = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
     assert again.returncode != 0 and "already holds a run" in again.stderr and "Traceback" not in again.stderr
 
