@@ -108,6 +108,7 @@ class TrainConfig:
     keep: int = arg(2, "newest checkpoints to keep", low=1, may_change=True)
     sample_every: int = arg(10, "print a response every so many steps; 0: never", low=0, may_change=True)
     trace_every: int = arg(0, "keep the gates of one response, token by token, every so many steps (plot.py --tokens); 0: never", low=0, may_change=True)
+    push: str = arg("", "upload the final student to this repository of the Hugging Face hub", may_change=True)
     log: Literal["none", "wandb", "tensorboard"] = arg("none", "where to log besides metrics.jsonl", may_change=True)
     seed: int = arg(0, "of everything random", low=0, high=2**63 - 1)
     device: Literal["", "cpu", "cuda"] = arg("", "default: cuda if there is one", may_change=True)

@@ -118,7 +118,9 @@ def evaluate_student(run, cfg):
     sampling, row = rollout.sampling_options(cfg), {}
     run.sampler.sync(full_weights(run.policy))
     for name, prompts in run.held_out.items():
-        scores, _ = evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)
+        scores, rows = evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)
+        curve = report.summary([rows], cfg.k)[""]
+        scores["interval"] = [float(curve["low"][cfg.k - 1]), float(curve["high"][cfg.k - 1])]  # of pass@k
         jobs = [(ids, seed_for("gap", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()

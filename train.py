@@ -233,6 +233,7 @@ def setup(cfg) -> Run:
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
     on_all_ranks(rollout.choose, cfg.rollout, device.type)  # fails if vLLM was requested but cannot run
     hide_progress_bars()
+    on_all_ranks(checkpoint.check_push, cfg)
     paths = on_all_ranks(model_paths, cfg)
     tokenizer, vocabulary = on_all_ranks(load_tokenizer, paths, cfg)
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)
@@ -368,8 +369,11 @@ def finish(run, cfg, done):
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
+            checkpoint.write_model_card(cfg)
             try_to(plot.draw, cfg.out)
             say(metrics.end_table(cfg))
+            if cfg.push:
+                checkpoint.push(cfg)
     if run.lock:
         run.lock.close()
     if dist.is_initialized():  # also in a single process, once vLLM has made a group of its own
