@@ -17,7 +17,7 @@ True, wherever they lie in the row. All else (prompt, padding, gaps) is skipped.
 With gradient accumulation or several ranks the mean must be over the whole minibatch. So
 - do not normalise in each micro-batch: sum the gates, and divide the gradient once, before clipping;
 - undo any division of the loss by your trainer (Accelerate divides by gradient_accumulation_steps: multiply the loss by it);
-- this needs p.grad, which DeepSpeed does not have.
+- this needs p.grad, which DeepSpeed does not have: there, make each update of one micro-batch, and use gate_weights.
 
     gate_sum = torch.zeros((), device=device)
     for each micro-batch:             # equally many on every rank: pad with one whose mask is False everywhere
@@ -52,7 +52,7 @@ def gate_weights(
     logp: Tensor,  # [B, T] log-probs of the sampled tokens under the current policy, in nats
     logp_old: Tensor,  # [B, T] the same before the first update on these rollouts
     mask: Tensor,  # [B, T] 1 or True at response tokens
-    kind: str = "block",
+    kind: str = "block",  # how the responses are cut into segments: one of KINDS
     *,
     tau: float = 1.0,
     stat: str = "mean",
@@ -81,7 +81,8 @@ def gate(
 ) -> tuple[Tensor, Tensor]:
     """The gates g and the segments' drift s of Eq. 1, both [N] in fp32: every token holds its segment's value.
 
-    Not normalised: divide by the sum of g over the whole minibatch. tau = 0 gives gates of exactly 1.
+    Not normalised: divide by the sum of g over the whole minibatch. tau = 0 gives gates of exactly 1. To try another gate,
+    change the last line.
     """
     if tau < 0:
         raise ValueError(f"tau is {tau}; it must be at least 0 (a negative one would reward drift)")
@@ -91,9 +92,9 @@ def gate(
 
 @torch.no_grad()
 def drift(logp: Tensor, logp_old: Tensor) -> Tensor:
-    """d = logp - logp_old in nats, fp32. Always finite: two log-probs of -inf have not drifted, and NaN counts as 0 too.
+    """d = logp - logp_old in nats, fp32. NaN, as of -inf - -inf, becomes 0; other differences are clamped to +-1e4.
 
-    (A log-prob that is NaN makes the loss NaN, and that is where it should be noticed.)
+    This hides no NaN: a log-prob that is NaN makes the loss NaN as well, and the training loop notices that.
     """
     return (logp.float() - logp_old.float()).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
 

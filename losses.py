@@ -74,7 +74,7 @@ def lsm_loss(
     """Teacher top-K local support matching, LSM: sum_k p_k (log p_k - log q_k) over the support, the reverse KL.
 
     renormalise (Fu et al. 2026, arXiv 2603.25562): p and q are softmaxes over the support alone, so the student's
-    logsumexp cancels and no vocabulary-sized gradient is needed. Otherwise p and q are probabilities in the whole
+    logsumexp cancels and no gradient with respect to all V logits is needed. Otherwise p and q are probabilities in the whole
     vocabulary and logq must be log-probs; that sum can be negative, and it rewards moving mass off the support.
     forward: sum_k q_k (log q_k - log p_k) instead. log_ratio_clamp: keep each log-ratio within +- this; 0: off.
     """
@@ -95,10 +95,7 @@ def lsm_loss(
     log_ratio = log_a - log_b
     if log_ratio_clamp:
         log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    terms = log_a.exp() * log_ratio
-    if support is not None:
-        terms = terms.masked_fill(~support, 0.0)
-    return terms.sum(-1)
+    return (log_a.exp() * log_ratio).sum(-1)  # outside the support exp gives 0, and log_ratio is 0
 
 
 def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
@@ -126,8 +123,8 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
     """(z [N, K], lse [N]): logits / temperature at ids, and the logsumexp of all logits / temperature, both with gradient.
 
     hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
-    ids [N, K]; bias [V'] or None. merged: a list of ids that count as one outcome, whose probability is the sum of theirs:
-    each of them has the outcome's z. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
+    ids [N, K]; bias [V'] or None. merged: a list of ids that count as one outcome, whose probability is the sum of theirs
+    (stop tokens, if student and teacher have different ones); each of them gets the outcome's z. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
     the largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
 
     FLOPs                                              forward       backward
@@ -194,8 +191,8 @@ def head_topk(
 ):
     """A teacher's targets: (ids [N, k], logq [N, k]) of the k most likely tokens; also_ids [N, J] adds their logq [N, J].
 
-    Arguments as in head_logits; a merged outcome has the first of its ids, in also_ids too. A few positions at a time, over the whole vocabulary: memory beyond the result is one
-    chunk, regardless of N.
+    Arguments as in head_logits. The outcome of `merged` is reported under its first id, and also_ids must name it by that.
+    Works on a few positions at a time, over the whole vocabulary: memory beyond the result is one chunk, regardless of N.
     """
     vocab = vocab or weight.shape[0]
     rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=24, cuda_log2=27)) // vocab)
@@ -341,7 +338,10 @@ CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
 
 
 def _default_chunk(x, cpu_log2=21, cuda_log2=27):
-    """Elements, as powers of 2. On a CPU a chunk should stay in the cache: several passes go over it between two matmuls."""
+    """Elements of the largest temporary, as powers of 2; the fastest of those measured (bench/losses.py).
+
+    On a CPU, chunks over which several passes go between two matmuls should stay in the cache.
+    """
     return 1 << (cuda_log2 if x.is_cuda else cpu_log2)
 
 
@@ -427,7 +427,9 @@ def _logits_at(ids, hidden, weight, bias, temperature, chunk):
 
 
 def _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk):
-    """Gradients of (hidden, weight, bias) from grad_z [N, K]. d_weight is dense, but only the rows that ids name are written.
+    """Gradients of (hidden, weight, bias) from grad_z [N, K].
+
+    d_weight is dense [V', H], as optimizers expect, but only the rows that ids name are written.
 
     Contributions of repeated ids are summed in fp32, in a compact copy of the rows in use, and rounded once.
     """

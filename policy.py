@@ -12,7 +12,7 @@ import data
 from common import exit_all, one_rank_at_a_time, say, world_size
 from losses import head_logits
 
-# On CUDA, the attention kernels that need no matrix [L, L] for each head, as torch's math attention does.
+# The attention kernels for CUDA: unlike torch's math attention, they do not build an [L, L] matrix for each head.
 ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
@@ -135,7 +135,7 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
     config = AutoConfig.from_pretrained(path, **hub_options)
     file_dtype = config.dtype or torch.float32
-    text_config = config.get_text_config()  # a part of it if the model sees pictures too, else all of it
+    text_config = config.get_text_config()  # the language part of a vision-language model; otherwise all of it
     for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
         if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)
@@ -144,7 +144,7 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     with one_rank_at_a_time():  # each holds the whole model in host memory until it has sharded it
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
         lm.requires_grad_(False)
-        for part in (lm.get_decoder(), lm.get_output_embeddings()):  # what sees pictures stays as it is
+        for part in (lm.get_decoder(), lm.get_output_embeddings()):  # a vision tower stays frozen
             part.requires_grad_(trainable)
         check_head(lm, path)
         if trainable and cfg.grad_ckpt:
@@ -230,12 +230,12 @@ def end_of_turn(tokenizer) -> list[int]:
     chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
     try:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except jinja2.exceptions.TemplateError:  # a template for other messages; encode() says if it refuses ours
+    except jinja2.exceptions.TemplateError:  # it refuses this conversation; data.encode() reports it if it refuses ours
         return []
     _, found, end = text.rpartition("It is 2.")
     ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
     special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    # Some tokenizers have the newline that follows as an added token: that ends no answer.
+    # In some tokenizers the newline after the end-of-turn token is an added token, too, but it ends no answer.
     return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]
 
 

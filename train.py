@@ -13,9 +13,9 @@ Two choices that the paper leaves open:
 2. The sums of Eq. 1 run over the whole minibatch, on all ranks, so the result does not depend on how it was split.
 
 Ranks: every rank holds all rollouts, in the same order, and computes the same split of them into minibatches; it trains on its
-share of each. Weights are sharded, so these are collectives, which all ranks must reach equally often: every forward and
-backward pass, full_weights, on_all_ranks, sample_on_all_ranks, stop.requested, and the functions of metrics and evaluate.
-Whatever decides whether one of them is reached (skipped, has_evaluation) is equal on all ranks.
+share of each. All ranks must call the following equally often, because the ranks communicate there: every forward and
+backward pass (weights are sharded), full_weights, on_all_ranks, sample_on_all_ranks, stop.requested, and the functions of
+metrics and evaluate. Conditions around such calls (skipped, has_evaluation) therefore have the same value on every rank.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
@@ -49,14 +49,16 @@ from teacher import load_teacher
 # The base loss at each of the N response tokens of a micro-batch. The fields of a MicroBatch (made by data.collate):
 #   ids [B, L]           prompts and responses, padded on the right
 #   rows, cols [N]       hidden[rows, cols] predicts a response token: cols is the position before it
-#   tokens [N]           the response tokens y_t; stop tokens that count as one outcome (--merge_stops) have one id
+#   tokens [N]           the response tokens y_t. Student and teacher may end an answer with different tokens: with --merge_stops
+#                        all of them count as one outcome of the distribution, and are replaced by the first of them
 #   segments [N]         index of the segment that each token is in, for --gate and --block (gating.segment_lengths)
 #   position [N]         relative position in its response, in (0, 1); for plots
 #   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics only
 #   logp_old [N]         log pi_old(y_t); None until main() or update() sets it, before the first update
 #   teacher              the teacher's targets, set by main(), at cfg.temperature like logp_old:
 #                          "logq_sampled" [N]: log q(y_t)
-#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K is 1 for losses that do not use them)
+#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens; K is 1 for losses that ignore them,
+#                            since head_topk always makes them
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #                        They stay on the host, because they are reused in every epoch and would fill the GPU.
 #
@@ -104,7 +106,9 @@ def topk_loss(policy, batch, cfg):
     logp = (z - lse[:, None]).detach()
 
     # A teacher's server may return fewer than K tokens: an unfilled slot holds log-prob -inf, and an id without meaning.
-    is_filled = targets["topk_logq"] != -torch.inf  # [N, K]; NaN is filled, so that the update is skipped
+    is_filled = (
+        targets["topk_logq"] != -torch.inf
+    )  # [N, K]; NaN counts as filled: it makes the loss NaN, and update() skips
     sampled_in_topk = (is_filled & (targets["topk_ids"] == sampled)).any(1)  # [N]
     info = {
         "outside": 1 - sampled_in_topk.float(),
@@ -251,7 +255,8 @@ def setup(cfg) -> Run:
     if resume_from:
         checkpoint.restore(resume_from, policy, optimizer)
     stop = checkpoint.StopSignal()
-    responses = math.ceil(cfg.prompts * cfg.group * cfg.tp / world_size())  # of a step, for each engine
+    # Responses per step for one vLLM engine, which spans cfg.tp ranks (tensor parallelism)
+    responses = math.ceil(cfg.prompts * cfg.group * cfg.tp / world_size())
     options = {"max_len": cfg.max_prompt + cfg.max_response, "max_num_seqs": max(64, responses), "tp": cfg.tp}
     sampler_args = cfg, paths["student"], policy.lm, tokenizer, vocabulary.size, vocabulary.stop_ids
     sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **options, should_stop=stop.requested_here)
@@ -301,7 +306,7 @@ def main(cfg):
         micro_batches = [batch for minibatch in minibatches for batch in minibatch]
         try:
             targets = on_all_ranks(teacher.targets, micro_batches)
-        except SystemExit:  # the teacher's server is gone: keep the steps that are done
+        except SystemExit:  # how on_all_ranks ends a run if a rank has failed, as when the teacher's server is gone
             save(done)
             raise
         for batch, batch_targets in zip(micro_batches, targets, strict=True):
@@ -309,7 +314,8 @@ def main(cfg):
         clock.lap("teacher")
 
         # ---- Old log-probs: the student's own, before the first update. The first minibatch needs no pass for them: its
-        # first training pass comes before any update, and update() keeps its log-probs.
+        # first training pass comes before any update, and update() keeps its log-probs. token_logprobs is the same forward
+        # pass in the same precision as position_loss; the functions for the head differ by rounding only.
         with torch.no_grad():
             for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
                 batch.logp_old = token_logprobs(policy, batch, cfg.temperature)
