@@ -18,20 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from common import (
-    fsync,
-    gather,
-    lock_folder,
-    one_line,
-    rank,
-    rng_state,
-    set_rng_state,
-    versions,
-    world_size,
-    write_file,
-)
+from common import fsync, gather, lock_folder, rank, rng_state, set_rng_state, versions, world_size, write_file
 from configs import may_change
-from policy import full_weights
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -86,17 +74,24 @@ def check_data(resume_from, data_digest):
 
 def claim(cfg):
     """Makes --out this run's, on rank 0, and returns its lock. OSError if it cannot be written to."""
-    out = Path(cfg.out)
     if rank() > 0:
         return None
-    out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    is_run = (out / "config.json").exists()  # nothing but a run is ever deleted
-    for path in out.iterdir():
-        # .tmp: left by a run that was killed
-        if path.name != ".lock" and (path.suffix == ".tmp" or (cfg.overwrite and is_run)):
+    lock = claim_folder(Path(cfg.out), "config.json", cfg.overwrite)
+    write_file(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    return lock
+
+
+def claim_folder(folder, config_name, overwrite):
+    """Creates and locks a folder, deletes what a killed process was writing, and returns the lock.
+
+    overwrite: deletes all the rest if the folder holds a file config_name: nothing but a run is ever deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    overwrite = overwrite and (folder / config_name).exists()
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or (overwrite and path.name != ".lock"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    write_file(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     return lock
 
 
@@ -105,20 +100,16 @@ def claim(cfg):
 
 
 def state_dicts(policy, optimizer):
-    """(model's, optimizer's) state dicts, sharded as they are."""
+    """(model's state dict, optimizer's state dict, {name: tensor} of what a checkpoint holds of both), sharded as they are."""
     is_fresh = not optimizer.state
     model, optim = get_state_dict(policy, optimizer, options=FLAT)
     if is_fresh:  # get_state_dict has initialised AdamW with a dummy step, which must not count
         for state in optimizer.state.values():
             state["step"].zero_()
-    return model, optim
-
-
-def checkpoint_tensors(policy, model, optim):
-    """{name: tensor} that a checkpoint holds: tied weights once, and of the optimizer only tensors."""
     tied = {f"lm.{name}" for name in policy.lm.all_tied_weights_keys}
     tensors = {f"model.{name}": x for name, x in model.items() if name not in tied}
-    return tensors | {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
+    tensors |= {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
+    return model, optim, tensors
 
 
 def assign_files(tensors):
@@ -140,7 +131,7 @@ def save(out, step, policy, optimizer, cfg, data_digest):
     rng_states = gather(rng_state())
     if rank() == 0:
         delete_all_but(out, max(cfg.keep - 1, 1))
-    tensors = checkpoint_tensors(policy, *state_dicts(policy, optimizer))
+    _, _, tensors = state_dicts(policy, optimizer)
     writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer)
@@ -169,14 +160,13 @@ def delete_all_but(out, n_newest):
 def root_cause(error):
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
-    return one_line(error)
+    return error
 
 
 def restore(folder, policy, optimizer):
     """Loads a checkpoint in place. On another number of ranks, the random states stay those of the seed."""
-    model, optim = state_dicts(policy, optimizer)
-    reader = HuggingFaceStorageReader(str(folder))
-    dcp.load(checkpoint_tensors(policy, model, optim), storage_reader=reader)  # into the tensors of model and optim
+    model, optim, tensors = state_dicts(policy, optimizer)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
     rng_states = torch.load(folder / "rng.pt", weights_only=True)
     if len(rng_states) == world_size():
@@ -190,7 +180,7 @@ def restore(folder, policy, optimizer):
 def save_model_files(out, policy, path, tokenizer):
     """Writes OUT/model: config, generation config and tokenizer, before the first step, so that the last cannot fail on them.
 
-    Both configs are copies of the student's own: transformers refuses to write some that it reads. path: the student's.
+    Both configs are copies of the student's own, at `path`: transformers refuses to write some that it reads.
     """
     from transformers.utils import cached_file
 
@@ -208,26 +198,42 @@ def save_model_files(out, policy, path, tokenizer):
 
 
 def save_model(out, policy):
-    """Writes OUT/final: the student, in the dtype that its own files came in. It gets its name once it is complete."""
-    weights = {}
-    for name, weight in full_weights(policy):  # a collective
-        if rank() == 0:
-            weights[name] = weight.to(policy.file_dtype).cpu()
+    """Writes OUT/final: the student of the newest checkpoint, in the dtype that its own files came in."""
     if rank() == 0:
-        write_model(out / "final", policy.lm, weights, out / "model")
+        write_model(out / "final", latest(out), policy.lm, policy.file_dtype)
 
 
-def write_model(folder, lm, weights, model_files):
-    """A folder with these weights and files, renamed once it is complete. OSError if it cannot be written."""
+def export(checkpoint, trust_remote_code=False):
+    """Writes CHECKPOINT/model, the student as a Hugging Face folder, if it is not there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (checkpoint / "model").exists():
+        return
+    config = AutoConfig.from_pretrained(checkpoint.parent / "model", trust_remote_code=trust_remote_code)
+    lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    write_model(checkpoint / "model", checkpoint, lm, config.dtype or torch.float32)
+
+
+def write_model(folder, checkpoint, lm, dtype):
+    """Writes a checkpoint's student as a Hugging Face folder, which gets its name once it is complete.
+
+    lm: a model of the student's kind; its weights do not count. OSError if the folder cannot be written.
+    """
     from transformers import GenerationConfig
 
+    tied = lm.all_tied_weights_keys
+    weights = {name: torch.empty(weight.shape) for name, weight in lm.state_dict().items() if name not in tied}
+    tensors = {f"model.lm.{name}": weight for name, weight in weights.items()}
+    # On this rank alone, and in place.
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    lm.generation_config = GenerationConfig()  # one that transformers writes for sure; the student's own replaces it
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    lm.generation_config = GenerationConfig()  # one that transformers writes for sure; the student's own replaces it
     try:
         lm.save_pretrained(tmp, state_dict=weights)
         (tmp / "generation_config.json").unlink(missing_ok=True)
-        shutil.copytree(model_files, tmp, dirs_exist_ok=True)
+        shutil.copytree(checkpoint.parent / "model", tmp, dirs_exist_ok=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}") from None
@@ -236,27 +242,6 @@ def write_model(folder, lm, weights, model_files):
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     fsync(folder.parent)
-
-
-def export(checkpoint, trust_remote_code=False) -> Path:
-    """The student of a checkpoint as a Hugging Face folder, CHECKPOINT/model, which is written if it is not there."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder, model_files = checkpoint / "model", checkpoint.parent / "model"
-    if not folder.exists():
-        if not model_files.exists():
-            raise ValueError(
-                f"{checkpoint} is a checkpoint of train.py, but {model_files} with the model's config is missing"
-            )
-        config = AutoConfig.from_pretrained(model_files, trust_remote_code=trust_remote_code)
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        tied = lm.all_tied_weights_keys
-        weights = {name: w.float() for name, w in lm.state_dict().items() if name not in tied}
-        tensors = {f"model.lm.{name}": w for name, w in weights.items()}
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))  # in place
-        dtype = config.dtype or torch.float32
-        write_model(folder, lm, {name: w.to(dtype) for name, w in weights.items()}, model_files)
-    return folder
 
 
 # -----------------------------------------------------------------------------

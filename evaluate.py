@@ -14,7 +14,6 @@ the kind would give. In a response that was cut off by its token limit, only a b
 """
 
 import json
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from common import (
     barrier,
     gather,
     init_device,
-    lock_folder,
     one_line,
     outlive_terminal,
     rank,
@@ -148,13 +146,8 @@ def mean_on_all_ranks(parts) -> float:
 
 def claim(folder: Path, identity: dict, overwrite: bool):
     """Makes the folder this evaluation's, and returns its lock; ValueError if it holds the samples of another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
+    lock = checkpoint.claim_folder(folder, "identity.json", overwrite)
     path = folder / "identity.json"
-    if overwrite and path.exists():  # nothing but an evaluation is ever deleted
-        for old in folder.iterdir():
-            if old.name != ".lock":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not path.exists():
         write_file(path, json.dumps(identity, indent=1) + "\n")
     saved = json.loads(path.read_text())
