@@ -320,18 +320,17 @@ def choose(kind, device):
     """("vllm" or "hf", why) for auto, vllm or hf on "cpu" or "cuda". ValueError if vLLM is needed and cannot run."""
     if kind == "hf":
         return "hf", "as asked"
-    if importlib.util.find_spec("vllm") is None:
-        why = "vLLM is not installed (pip install -r requirements-vllm.txt)"
-    elif kind == "auto" and device == "cpu":
+    is_installed = importlib.util.find_spec("vllm") is not None
+    why = "vLLM is not installed (pip install -r requirements-vllm.txt)"
+    if kind == "auto" and device == "cpu":
         # On one thread the toy's 64 x 100 tokens take 0.36 s with hf and 0.45 s with vLLM, after 8 s to start; at 0.1B
         # parameters vLLM takes half of hf's time.
-        why = "on a CPU, vLLM pays off for larger models only (--rollout vllm)"
-    elif vllm_device() == device:
-        return "vllm", "as asked" if kind == "vllm" else f"it is installed, and runs on {device}"
-    else:
-        why = f"the vLLM installed here runs on {vllm_device() or 'no device found'}, not on {device}"
-    if kind == "auto" and device == "cpu":
-        return "hf", why
+        return "hf", "on a CPU, vLLM pays off for larger models only (--rollout vllm)" if is_installed else why
+    if is_installed:
+        built_for = vllm_device()
+        if built_for == device:
+            return "vllm", "as asked" if kind == "vllm" else f"it is installed, and runs on {device}"
+        why = f"the vLLM installed here runs on {built_for or 'no device found'}, not on {device}"
     # On a GPU there is no silent fallback: at 16k tokens generate() would take the better part of an hour per step.
     raise ValueError(f"--rollout {kind}: {why}. --rollout hf samples without it, many times slower on a GPU")
 
