@@ -47,16 +47,15 @@ def find(cfg) -> Path | None:
     """The checkpoint that this run goes on from; None if it starts. ValueError if --out holds another run."""
     out = Path(cfg.out)
     config = out / "config.json"
-    saved = json.loads(config.read_text()) if config.exists() else {}
     if cfg.resume == "false":
-        if saved and not cfg.overwrite:
-            raise ValueError(
-                f"{out} already holds a run: --resume goes on with it, --overwrite deletes it, --out names another folder"
-            )
+        if config.exists() and not cfg.overwrite:
+            remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
+            raise ValueError(f"{out} already holds a run: {remedies}")
         return None
     newest = latest(out)
     if cfg.resume == "true" and not newest:
         raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    saved = json.loads(config.read_text()) if config.exists() else {}
     for name, new in asdict(cfg).items():
         old = saved.get(name, new)
         if old != new and not may_change(name):
@@ -68,7 +67,7 @@ def check_data(resume_from, data_digest):
     """ValueError if the checkpoint was made with other training prompts."""
     if resume_from and json.loads((resume_from / "state.json").read_text()).get("data", data_digest) != data_digest:
         raise ValueError(
-            "--resume: the training prompts are not those that the run began with: has the file of --data changed?"
+            "--resume: the training prompts are not those that the run began with: has --data's file changed?"
         )
 
 
@@ -76,8 +75,9 @@ def claim(cfg):
     """Makes --out this run's, on rank 0, and returns its lock. OSError if it cannot be written to."""
     if rank() > 0:
         return None
-    lock = claim_folder(Path(cfg.out), "config.json", cfg.overwrite)
-    write_file(Path(cfg.out) / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    out = Path(cfg.out)
+    lock = claim_folder(out, "config.json", cfg.overwrite)
+    write_file(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
     return lock
 
 
@@ -137,7 +137,7 @@ def save(out, step, policy, optimizer, cfg, data_digest):
         dcp.save(tensors, storage_writer=writer)
     except CheckpointException as failed:
         shutil.rmtree(tmp, ignore_errors=True)
-        reason = root_cause([error for error, _ in failed.failures.values()][0])
+        reason, _ = next(iter(failed.failures.values()))
         raise OSError(f"could not save {final}: {reason}; the checkpoints before it are whole") from None
     if rank() > 0:
         return
@@ -155,12 +155,6 @@ def save(out, step, policy, optimizer, cfg, data_digest):
 def delete_all_but(out, n_newest):
     for old in complete(out)[:-n_newest]:
         shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # so that half a checkpoint never bears a checkpoint's name
-
-
-def root_cause(error):
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def restore(folder, policy, optimizer):
@@ -249,7 +243,7 @@ def write_model(folder, checkpoint, lm, dtype):
 
 
 class StopSignal:
-    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop, at the next place where it can."""
+    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop where it can."""
 
     def __init__(self):
         self.reason = ""  # the signal's name, once there was one

@@ -202,19 +202,19 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
     """Prompt token ids. template: auto, a name in CHAT_TEMPLATES or TEXT_TEMPLATES, or a text with {question}.
 
     auto is chat if the tokenizer has a chat template, else plain. A prompt of messages passes through the chat template
-    as it is, whose last message is continued if it is an assistant's; templates that are texts take the text of all
-    messages. template_args: JSON for the chat template's own switches. ValueError if the chat template refuses the
-    messages, or there is none.
+    as it is; templates that are texts take the text of all messages. template_args: JSON for the chat template's own
+    switches. ValueError if the chat template refuses the messages, or there is none.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
-    is_bare = isinstance(problem.prompt, str)
     if template in CHAT_TEMPLATES:
         messages = problem.prompt
-        if is_bare:
-            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", problem.prompt)}]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", messages)}]
         return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
-    question = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
+    question = problem.prompt
+    if not isinstance(question, str):
+        question = "\n\n".join(message["content"] for message in question)
     pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
     text = pattern.replace("{question}", question)
     ids = tokenizer(text)["input_ids"]
@@ -227,17 +227,14 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
 def apply_chat_template(id, messages, tokenizer, template_args):
     import jinja2
 
-    is_prefilled = messages[-1]["role"] == "assistant"
-    template_args = {"strftime_now": DATE.strftime} | template_args
-    options = {"add_generation_prompt": not is_prefilled, "continue_final_message": is_prefilled, "return_dict": False}
+    continues = messages[-1]["role"] == "assistant"  # an answer that the model is to go on with
+    options = {"add_generation_prompt": not continues, "continue_final_message": continues, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(messages, **options, **template_args)
+        return tokenizer.apply_chat_template(messages, **options, **{"strftime_now": DATE.strftime} | template_args)
     except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the chat template refuses problem {id} with messages of the roles {roles}: {error}. "
-            f"--template plain does without a chat template"
-        ) from error
+        refused = f"the chat template refuses problem {id} with messages of the roles {roles}: {error}"
+        raise ValueError(f"{refused}. --template plain does without a chat template") from error
 
 
 def encode_all(problems, tokenizer, cfg, vocab) -> list[tuple[Problem, list[int]]]:
@@ -246,10 +243,9 @@ def encode_all(problems, tokenizer, cfg, vocab) -> list[tuple[Problem, list[int]
     for problem in problems:
         ids = encode(problem, tokenizer, cfg.template, cfg.template_args)
         if max(ids, default=0) >= vocab:
-            raise ValueError(
-                f"problem {problem.id} has the token {tokenizer.decode([max(ids)])!r} with id {max(ids)}, but the model knows "
-                f"{vocab} ids: resize its embeddings (resize_token_embeddings), or use another --template"
-            )
+            token = f"{tokenizer.decode([max(ids)])!r} with id {max(ids)}, but the model knows {vocab} ids"
+            remedy = "resize its embeddings (resize_token_embeddings), or use another --template"
+            raise ValueError(f"problem {problem.id} has the token {token}: {remedy}")
         prompts.append((problem, ids))
     return prompts
 
@@ -302,17 +298,17 @@ def load_problems(cfg, tokenizer, vocab):
     """(TrainingPrompts, {name: [(held-out problem, prompt ids)]}). ValueError if a held-out prompt is over --max_prompt."""
     prompts = encode_all(load(cfg.data, seed=cfg.seed), tokenizer, cfg, vocab)
     train = TrainingPrompts(prompts, cfg.max_prompt, cfg.seed)
-    eval_data = cfg.eval_data
-    if eval_data == "auto":
-        eval_data = "toy" if cfg.data == "toy" else ""
+    names = cfg.eval_data
+    if names == "auto":
+        names = "toy" if cfg.data == "toy" else ""
     held_out = {}
-    for name in eval_data.split(",") if cfg.eval_every and eval_data else []:
-        held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
-        for problem, ids in held_out[name]:
-            if len(ids) > cfg.max_prompt:
-                raise ValueError(
-                    f"held-out problem {problem.id} has {len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
-                )
+    if names and cfg.eval_every:
+        for name in names.split(","):
+            held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
+    for problem, ids in [prompt for prompts in held_out.values() for prompt in prompts]:
+        if len(ids) > cfg.max_prompt:
+            size = f"{len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
+            raise ValueError(f"held-out problem {problem.id} has {size}")
     return train, held_out
 
 
@@ -323,15 +319,14 @@ def shared_vocab(student, teacher) -> int:
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     shared = min(max(ours.values()), max(theirs.values())) + 1
-    differ = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
-    differ += [token for token in ours.keys() - theirs.keys() if ours[token] < shared]
-    differ += [token for token in theirs.keys() - ours.keys() if theirs[token] < shared]
+    differ = []
+    for token in ours | theirs:
+        our_id, their_id = ours.get(token, shared), theirs.get(token, shared)  # a token that one lacks may be padding
+        if our_id != their_id and min(our_id, their_id) < shared:
+            differ.append(f"{token!r} is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher")
     if differ:
-        example = differ[0]
-        raise ValueError(
-            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example "
-            f"{example!r} is id {ours.get(example)} for the student and {theirs.get(example)} for the teacher"
-        )
+        example = f"{len(differ)} tokens differ, for example {differ[0]}"
+        raise ValueError(f"teacher and student have different tokenizers: {example}")
     return shared
 
 
