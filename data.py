@@ -71,12 +71,11 @@ class Problem:
 
 
 def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
-    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy".
+    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy", without repeated prompts.
 
     seed: for training: shuffle with it; answers may be missing. None: for evaluation: keep the order, and insist on an
-    answer and an id of its own for every problem; for the toy, the held-out problems. A problem without an id gets its
-    row's number. Repeated prompts are dropped. limit: at most this many; 0 for all. ValueError if a dataset is empty or
-    unreadable, or has a row that is not a problem.
+    answer and an id of its own for every problem. Without an id, a problem gets its row's number. limit: at most this
+    many; 0 for all. ValueError if a dataset is empty or unreadable, or has a row that is not a problem.
     """
     is_training = seed is not None
     if name == "toy":
@@ -94,20 +93,17 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
         answer = final_answer(first_cell(row, ANSWER_COLUMNS))
         if not answer and not is_training:
             known = ", ".join(ANSWER_COLUMNS)
-            raise ValueError(
-                f"{name}, row {number}: answer is empty; evaluation needs an answer, in a column of {known}"
-            )
+            raise ValueError(f"{name}, row {number}: answer is empty; evaluation needs an answer, in {known}")
         if str(prompt) in seen_prompts:
             continue
         seen_prompts.add(str(prompt))
-        id = row.get("id")
-        id = "" if id is None else str(id)
+        id = "" if row.get("id") is None else str(row["id"])
         if not id.strip():
             id = f"{Path(name).stem}-{number - 1}"
-        if id in row_of_id and not is_training:
-            rows = f"{row_of_id[id]} and {number}"
-            raise ValueError(f"{name}, rows {rows}, have the id {id!r}; every problem needs its own")
         if id in row_of_id:
+            if not is_training:
+                rows = f"{row_of_id[id]} and {number}"
+                raise ValueError(f"{name}, rows {rows}, have the id {id!r}; every problem needs its own")
             id = f"{id}-{number - 1}"
         row_of_id[id] = number
         problems.append(Problem(id, prompt, answer))
@@ -146,21 +142,19 @@ def read_text_rows(path: Path, suffix: str) -> list[dict]:
         if suffix == ".csv":
             return list(csv.DictReader(file))
         text = file.read()
-    rows = json.loads(text) if text.lstrip().startswith("[") else read_json_lines(text)
+    rows = []
+    if text.lstrip().startswith("["):
+        rows = json.loads(text)
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                if line.strip():
+                    rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row is {str(row)[:80]!r}; it must be an object")
-    return rows
-
-
-def read_json_lines(text):
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            if line.strip():
-                rows.append(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from None
     return rows
 
 
@@ -387,18 +381,11 @@ def collate(rollouts, cfg, vocabulary: Vocabulary, device, empty=False) -> Micro
         for length in segment_lengths(n_tokens, cfg.gate, is_newline, **sizes):
             segments += [n_segments] * length
             n_segments += 1
-    integers = {"dtype": torch.long, "device": device}
-    reals = {"dtype": torch.float32, "device": device}
-    return MicroBatch(
-        ids=ids.to(device),
-        rows=torch.tensor(rows, **integers),
-        cols=torch.tensor(cols, **integers),
-        tokens=torch.tensor(tokens, **integers),
-        segments=torch.tensor(segments, **integers),
-        position=torch.tensor(position, **reals),
-        logp_sampler=torch.tensor(logprobs, **reals),
-        rollouts=counted,
-    )
+    integers = {"rows": rows, "cols": cols, "tokens": tokens, "segments": segments}
+    reals = {"position": position, "logp_sampler": logprobs}
+    integers = {name: torch.tensor(x, dtype=torch.long, device=device) for name, x in integers.items()}
+    reals = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in reals.items()}
+    return MicroBatch(ids=ids.to(device), rollouts=counted, **integers, **reals)
 
 
 def pack(rollouts, budget):
@@ -415,9 +402,8 @@ def pack(rollouts, budget):
 def make_minibatches(rollouts, cfg, step, vocabulary, device, rank=0, world=1) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each minibatch: cfg.minibatches random parts of the rollouts that have tokens.
 
-    Every rank computes the same split. A minibatch's rollouts are dealt to the ranks so that their numbers of response
-    tokens are close. A rank with fewer micro-batches than another gets batches without tokens, since FSDP's forward and
-    backward passes are collectives that every rank must join.
+    Every rank computes the same split. A minibatch's rollouts are dealt so that the ranks have about as many response
+    tokens. A rank with fewer micro-batches gets some without tokens: all ranks must join FSDP's collectives.
     """
     rollouts = [r for r in rollouts if r.response]
     random.Random(f"{cfg.seed} {step}").shuffle(rollouts)

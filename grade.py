@@ -245,7 +245,6 @@ def serve(seconds: int):
     from math_verify import LatexExtractionConfig, parse
 
     latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # SymPy would eval a plain-text expression
-
     for line in sys.stdin:
         cpu_limit = int(time.process_time()) + seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
@@ -286,8 +285,7 @@ class Grader:
     """
 
     def __init__(self, workers: int = 0, seconds: int = 3):
-        self.workers = workers or min(8, os.cpu_count() or 1)
-        self.seconds = seconds
+        self.workers, self.seconds = workers or min(8, os.cpu_count() or 1), seconds
         self.reasons = {}  # (answer, gold) -> reason
         self.started = []  # the processes that are alive
         self.idle = queue.SimpleQueue()  # of processes; None is a worker that is yet to be started
