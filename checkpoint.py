@@ -33,7 +33,6 @@ from common import (
     write_file,
 )
 from configs import command_line, may_change
-from policy import full_weights
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -61,16 +60,15 @@ def find(cfg) -> Path | None:
     """The checkpoint that this run goes on from; None if it starts. ValueError if --out holds another run."""
     out = Path(cfg.out)
     config = out / "config.json"
-    saved = json.loads(config.read_text()) if config.exists() else {}
     if cfg.resume == "false":
-        if saved and not cfg.overwrite:
-            raise ValueError(
-                f"{out} already holds a run: --resume goes on with it, --overwrite deletes it, --out names another folder"
-            )
+        if config.exists() and not cfg.overwrite:
+            remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
+            raise ValueError(f"{out} already holds a run: {remedies}")
         return None
     newest = latest(out)
     if cfg.resume == "true" and not newest:
         raise ValueError(f"--resume: {out} holds no complete checkpoint")
+    saved = json.loads(config.read_text()) if config.exists() else {}
     for name, new in asdict(cfg).items():
         old = saved.get(name, new)
         if old != new and not may_change(name):
@@ -82,23 +80,31 @@ def check_data(resume_from, data_digest):
     """ValueError if the checkpoint was made with other training prompts."""
     if resume_from and json.loads((resume_from / "state.json").read_text()).get("data", data_digest) != data_digest:
         raise ValueError(
-            "--resume: the training prompts are not those that the run began with: has the file of --data changed?"
+            "--resume: the training prompts are not those that the run began with: has --data's file changed?"
         )
 
 
 def claim(cfg):
     """Makes --out this run's, on rank 0, and returns its lock. OSError if it cannot be written to."""
-    out = Path(cfg.out)
     if rank() > 0:
         return None
-    out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out)
-    is_run = (out / "config.json").exists()  # nothing but a run is ever deleted
-    for path in out.iterdir():
-        # .tmp: left by a run that was killed
-        if path.name != ".lock" and (path.suffix == ".tmp" or (cfg.overwrite and is_run)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out = Path(cfg.out)
+    lock = claim_folder(out, "config.json", cfg.overwrite)
     write_file(out / "config.json", json.dumps(asdict(cfg), indent=1) + "\n")
+    return lock
+
+
+def claim_folder(folder, config_name, overwrite):
+    """Creates and locks a folder, deletes what a killed process was writing, and returns the lock.
+
+    overwrite: deletes all the rest if the folder holds a file config_name: nothing but a run is ever deleted.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    overwrite = overwrite and (folder / config_name).exists()
+    for path in folder.iterdir():
+        if path.suffix == ".tmp" or (overwrite and path.name != ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return lock
 
 
@@ -107,20 +113,16 @@ def claim(cfg):
 
 
 def state_dicts(policy, optimizer):
-    """(model's, optimizer's) state dicts, sharded as they are."""
+    """(model's state dict, optimizer's state dict, {name: tensor} of what a checkpoint holds of both), sharded as they are."""
     is_fresh = not optimizer.state
     model, optim = get_state_dict(policy, optimizer, options=FLAT)
     if is_fresh:  # get_state_dict has initialised AdamW with a dummy step, which must not count
         for state in optimizer.state.values():
             state["step"].zero_()
-    return model, optim
-
-
-def checkpoint_tensors(policy, model, optim):
-    """{name: tensor} that a checkpoint holds: tied weights once, and of the optimizer only tensors."""
     tied = {f"lm.{name}" for name in policy.lm.all_tied_weights_keys}
     tensors = {f"model.{name}": x for name, x in model.items() if name not in tied}
-    return tensors | {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
+    tensors |= {f"optim.{name}": x for name, x in optim.items() if isinstance(x, torch.Tensor)}
+    return model, optim, tensors
 
 
 def assign_files(tensors):
@@ -142,13 +144,13 @@ def save(out, step, policy, optimizer, cfg, data_digest):
     rng_states = gather(rng_state())
     if rank() == 0:
         delete_all_but(out, max(cfg.keep - 1, 1))
-    tensors = checkpoint_tensors(policy, *state_dicts(policy, optimizer))
+    _, _, tensors = state_dicts(policy, optimizer)
     writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
     try:
         dcp.save(tensors, storage_writer=writer)
     except CheckpointException as failed:
         shutil.rmtree(tmp, ignore_errors=True)
-        reason = root_cause([error for error, _ in failed.failures.values()][0])
+        reason, _ = next(iter(failed.failures.values()))
         raise OSError(f"could not save {final}: {reason}; the checkpoints before it are whole") from None
     if rank() > 0:
         return
@@ -168,17 +170,10 @@ def delete_all_but(out, n_newest):
         shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # so that half a checkpoint never bears a checkpoint's name
 
 
-def root_cause(error):
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
-    return one_line(error)
-
-
 def restore(folder, policy, optimizer):
     """Loads a checkpoint in place. On another number of ranks, the random states stay those of the seed."""
-    model, optim = state_dicts(policy, optimizer)
-    reader = HuggingFaceStorageReader(str(folder))
-    dcp.load(checkpoint_tensors(policy, model, optim), storage_reader=reader)  # into the tensors of model and optim
+    model, optim, tensors = state_dicts(policy, optimizer)
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
     rng_states = torch.load(folder / "rng.pt", weights_only=True)
     if len(rng_states) == world_size():
@@ -192,7 +187,7 @@ def restore(folder, policy, optimizer):
 def save_model_files(out, policy, path, tokenizer):
     """Writes OUT/model: config, generation config and tokenizer, before the first step, so that the last cannot fail on them.
 
-    Both configs are copies of the student's own: transformers refuses to write some that it reads. path: the student's.
+    Both configs are copies of the student's own, at `path`: transformers refuses to write some that it reads.
     """
     from transformers.utils import cached_file
 
@@ -210,26 +205,42 @@ def save_model_files(out, policy, path, tokenizer):
 
 
 def save_model(out, policy):
-    """Writes OUT/final: the student, in the dtype that its own files came in. It gets its name once it is complete."""
-    weights = {}
-    for name, weight in full_weights(policy):  # a collective
-        if rank() == 0:
-            weights[name] = weight.to(policy.file_dtype).cpu()
+    """Writes OUT/final: the student of the newest checkpoint, in the dtype that its own files came in."""
     if rank() == 0:
-        write_model(out / "final", policy.lm, weights, out / "model")
+        write_model(out / "final", latest(out), policy.lm, policy.file_dtype)
 
 
-def write_model(folder, lm, weights, model_files):
-    """A folder with these weights and files, renamed once it is complete. OSError if it cannot be written."""
+def export(checkpoint, trust_remote_code=False):
+    """Writes CHECKPOINT/model, the student as a Hugging Face folder, if it is not there."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (checkpoint / "model").exists():
+        return
+    config = AutoConfig.from_pretrained(checkpoint.parent / "model", trust_remote_code=trust_remote_code)
+    lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    write_model(checkpoint / "model", checkpoint, lm, config.dtype or torch.float32)
+
+
+def write_model(folder, checkpoint, lm, dtype):
+    """Writes a checkpoint's student as a Hugging Face folder, which gets its name once it is complete.
+
+    lm: a model of the student's kind; its weights do not count. OSError if the folder cannot be written.
+    """
     from transformers import GenerationConfig
 
+    tied = lm.all_tied_weights_keys
+    weights = {name: torch.empty(weight.shape) for name, weight in lm.state_dict().items() if name not in tied}
+    tensors = {f"model.lm.{name}": weight for name, weight in weights.items()}
+    # On this rank alone, and in place.
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    lm.generation_config = GenerationConfig()  # one that transformers writes for sure; the student's own replaces it
     tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
-    lm.generation_config = GenerationConfig()  # one that transformers writes for sure; the student's own replaces it
     try:
         lm.save_pretrained(tmp, state_dict=weights)
         (tmp / "generation_config.json").unlink(missing_ok=True)
-        shutil.copytree(model_files, tmp, dirs_exist_ok=True)
+        shutil.copytree(checkpoint.parent / "model", tmp, dirs_exist_ok=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(tmp, ignore_errors=True)
         raise OSError(f"could not save {folder}: {error}") from None
@@ -304,33 +315,12 @@ def push(cfg):
         say(f"warning: --push {cfg.push}: {one_line(error)}. To try again: hf upload {cfg.push} {folder}")
 
 
-def export(checkpoint, trust_remote_code=False) -> Path:
-    """The student of a checkpoint as a Hugging Face folder, CHECKPOINT/model, which is written if it is not there."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    folder, model_files = checkpoint / "model", checkpoint.parent / "model"
-    if not folder.exists():
-        if not model_files.exists():
-            raise ValueError(
-                f"{checkpoint} is a checkpoint of train.py, but {model_files} with the model's config is missing"
-            )
-        config = AutoConfig.from_pretrained(model_files, trust_remote_code=trust_remote_code)
-        lm = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        tied = lm.all_tied_weights_keys
-        weights = {name: w.float() for name, w in lm.state_dict().items() if name not in tied}
-        tensors = {f"model.lm.{name}": w for name, w in weights.items()}
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(checkpoint)))  # in place
-        dtype = config.dtype or torch.float32
-        write_model(folder, lm, {name: w.to(dtype) for name, w in weights.items()}, model_files)
-    return folder
-
-
 # -----------------------------------------------------------------------------
 # signals
 
 
 class StopSignal:
-    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop, at the next place where it can."""
+    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop where it can."""
 
     def __init__(self):
         self.reason = ""  # the signal's name, once there was one

@@ -34,7 +34,7 @@ HUB = {
     "dapo": ("BytedTsinghua-SIA/DAPO-Math-17k", None, "train"),
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
-ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth")  # or reward_model.ground_truth, as in DAPO
+ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth", "reward_model")  # DAPO's is {"ground_truth": ...}
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # also .jsonl.gz, .json.gz and .csv.gz
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -71,47 +71,39 @@ class Problem:
 
 
 def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
-    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy".
+    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy", without repeated prompts.
 
     seed: for training: shuffle with it; answers may be missing. None: for evaluation: keep the order, and insist on an
-    answer and an id of its own for every problem; for the toy, the held-out problems. A problem without an id gets its
-    row's number. Repeated prompts are dropped. limit: at most this many; 0 for all. ValueError if a dataset is empty or
-    unreadable, has no columns that we know, or has a row that is not a problem.
+    answer and an id of its own for every problem. Without an id, a problem gets its row's number. limit: at most this
+    many; 0 for all. ValueError if a dataset is empty or unreadable, or has a row that is not a problem.
     """
-    if name == "toy":
-        return toy_problems(seed, limit)
     is_training = seed is not None
-    rows, columns = read_rows(name)
-    by_lower_name = {column.lower(): column for column in columns}
-    prompt_column = next((by_lower_name[c] for c in PROMPT_COLUMNS if c in by_lower_name), None)
-    answer_column = next((by_lower_name[c] for c in ANSWER_COLUMNS if c in by_lower_name), "reward_model")
-    if prompt_column is None or (answer_column not in columns and not is_training):
-        known = f"{', '.join(PROMPT_COLUMNS)} and {', '.join(ANSWER_COLUMNS)}"
-        raise ValueError(f"{name} has the columns {list(columns)}; a prompt and an answer are called {known}")
+    if name == "toy":
+        import toy
 
+        pairs = toy.problems(limit or (4096 if is_training else 256), seed if is_training else toy.HELD_OUT)
+        return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
     problems, seen_prompts, row_of_id = [], set(), {}
-    for number, row in enumerate(rows, 1):
-        prompt = row.get(prompt_column)
-        if not (is_text(prompt) or is_chat(prompt)):
-            raise ValueError(f"{name}, row {number}: {prompt_column} {prompt!r} is neither text nor chat messages")
-        prompt = bare_question(prompt)
-        answer = row.get(answer_column) if answer_column in columns else ""
-        if isinstance(answer, dict):
-            answer = answer.get("ground_truth")
-        if answer is None or isinstance(answer, (dict, list)):
-            raise ValueError(f"{name}, row {number}: {answer_column} {answer!r} is not an answer")
-        answer = str(answer).split("####")[-1].strip()  # GSM8K's answers are: reasoning #### answer
+    for number, row in enumerate(read_rows(name), 1):
+        row = {str(column).lower(): cell for column, cell in row.items()}
+        prompt = bare_question(first_cell(row, PROMPT_COLUMNS))
+        if prompt is None:
+            known = ", ".join(PROMPT_COLUMNS)
+            raise ValueError(f"{name}, row {number} has neither text nor chat in the columns {known}: {str(row)[:200]}")
+        answer = final_answer(first_cell(row, ANSWER_COLUMNS))
         if not answer and not is_training:
-            raise ValueError(f"{name}, row {number}: {answer_column} is empty; evaluation needs an answer")
+            known = ", ".join(ANSWER_COLUMNS)
+            raise ValueError(f"{name}, row {number}: answer is empty; evaluation needs an answer, in {known}")
         if str(prompt) in seen_prompts:
             continue
         seen_prompts.add(str(prompt))
-        id = row.get(by_lower_name.get("id"))
-        id = f"{Path(name).stem}-{number - 1}" if id is None or str(id).strip() == "" else str(id)
+        id = "" if row.get("id") is None else str(row["id"])
+        if not id.strip():
+            id = f"{Path(name).stem}-{number - 1}"
         if id in row_of_id:
             if not is_training:
-                other = row_of_id[id]
-                raise ValueError(f"{name}, rows {other} and {number}, have the id {id!r}; every problem needs its own")
+                rows = f"{row_of_id[id]} and {number}"
+                raise ValueError(f"{name}, rows {rows}, have the id {id!r}; every problem needs its own")
             id = f"{id}-{number - 1}"
         row_of_id[id] = number
         problems.append(Problem(id, prompt, answer))
@@ -123,43 +115,24 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
     return problems[:limit] if limit else problems
 
 
-def toy_problems(seed, limit):
-    import toy
-
-    n_problems = limit or (256 if seed is None else 4096)
-    pairs = toy.problems(n_problems, toy.HELD_OUT if seed is None else seed)
-    return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
-
-
 def read_rows(name):
-    """(rows, names of their columns) of a file or a hub dataset."""
+    """The rows of a hub dataset or a file, as dictionaries."""
     import datasets
 
     path = Path(name)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         repository, configuration, split = HUB.get(name, (name, None, "train"))
-        rows = datasets.load_dataset(repository, configuration, split=split)
-        return rows, rows.column_names
+        return datasets.load_dataset(repository, configuration, split=split)
     if not path.is_file():
         raise ValueError(f"no such file: {name}")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{name} is empty")
-    if suffix == ".parquet":
-        try:
-            rows = datasets.Dataset.from_parquet(name)
-        except OSError as error:
-            raise ValueError(
-                f"{name}: {error}. If that is its cache, set HF_HOME to a folder that can be written to"
-            ) from error
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            raise ValueError(f"{name} is not a readable parquet file: {error.__cause__ or error}") from error
-        return rows, rows.column_names
     try:
-        rows = read_text_rows(path, suffix)
-    except (ValueError, RecursionError, csv.Error, OSError, EOFError) as error:
-        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {error}") from error
-    return rows, list(dict.fromkeys(column for row in rows for column in row))
+        return datasets.Dataset.from_parquet(name) if suffix == ".parquet" else read_text_rows(path, suffix)
+    except OSError as error:
+        hint = "If that is the cache of parquet files, set HF_HOME to a folder that can be written to"
+        raise ValueError(f"{name}: {error}. {hint}") from error
+    except (ValueError, RecursionError, csv.Error, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {error.__cause__ or error}") from error
 
 
 def read_text_rows(path: Path, suffix: str) -> list[dict]:
@@ -169,40 +142,50 @@ def read_text_rows(path: Path, suffix: str) -> list[dict]:
         if suffix == ".csv":
             return list(csv.DictReader(file))
         text = file.read()
+    rows = []
     if text.lstrip().startswith("["):
         rows = json.loads(text)
     else:
-        rows = []
         for number, line in enumerate(text.split("\n"), 1):
             try:
-                rows += [json.loads(line)] if line.strip() else []
+                if line.strip():
+                    rows.append(json.loads(line))
             except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from error
+                raise ValueError(f"line {number}: {error}") from None
     for row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"a row is {str(row)[:80]!r}; it must be an object")
     return rows
 
 
+def first_cell(row, columns):
+    """The first cell that the row has in these columns; None if there is none."""
+    cells = [row[column] for column in columns if row.get(column) is not None]
+    return cells[0] if cells else None
+
+
 def bare_question(prompt):
-    """The question without DAPO's instruction; any other prompt as it is."""
-    text = prompt[0]["content"] if is_chat(prompt) and len(prompt) == 1 else ""
-    if text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER):
+    """A text or a chat as it is, but DAPO's without its instruction; None if it is neither."""
+    if isinstance(prompt, str):
+        return prompt if prompt.strip() else None
+    if not isinstance(prompt, list) or not prompt:
+        return None
+    for message in prompt:
+        if not (isinstance(message, dict) and "role" in message and isinstance(message.get("content"), str)):
+            return None
+    text = prompt[0]["content"]
+    if len(prompt) == 1 and text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER):
         return text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
     return prompt
 
 
-def is_text(prompt):
-    return isinstance(prompt, str) and bool(prompt.strip())
-
-
-def is_chat(prompt):
-    """Whether it is a list of messages with a role and a text as content."""
-    return (
-        isinstance(prompt, list)
-        and len(prompt) > 0
-        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in prompt)
-    )
+def final_answer(answer):
+    """What GSM8K has after its reasoning, and DAPO in its reward_model; "" if it is no text or number."""
+    if isinstance(answer, dict):
+        answer = answer.get("ground_truth")
+    if answer is None or isinstance(answer, (dict, list)):
+        return ""
+    return str(answer).split("####")[-1].strip()
 
 
 # -----------------------------------------------------------------------------
@@ -213,19 +196,19 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
     """Prompt token ids. template: auto, a name in CHAT_TEMPLATES or TEXT_TEMPLATES, or a text with {question}.
 
     auto is chat if the tokenizer has a chat template, else plain. A prompt of messages passes through the chat template
-    as it is, whose last message is continued if it is an assistant's; templates that are texts take the text of all
-    messages. template_args: JSON for the chat template's own switches. ValueError if the chat template refuses the
-    messages, or there is none.
+    as it is; templates that are texts take the text of all messages. template_args: JSON for the chat template's own
+    switches. ValueError if the chat template refuses the messages, or there is none.
     """
     if template == "auto":
         template = "chat" if tokenizer.chat_template else "plain"
-    is_bare = isinstance(problem.prompt, str)
     if template in CHAT_TEMPLATES:
         messages = problem.prompt
-        if is_bare:
-            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", problem.prompt)}]
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", messages)}]
         return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
-    question = problem.prompt if is_bare else "\n\n".join(message["content"] for message in problem.prompt)
+    question = problem.prompt
+    if not isinstance(question, str):
+        question = "\n\n".join(message["content"] for message in question)
     pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
     text = pattern.replace("{question}", question)
     ids = tokenizer(text)["input_ids"]
@@ -238,17 +221,14 @@ def encode(problem: Problem, tokenizer, template: str = "auto", template_args: s
 def apply_chat_template(id, messages, tokenizer, template_args):
     import jinja2
 
-    is_prefilled = messages[-1]["role"] == "assistant"
-    template_args = {"strftime_now": DATE.strftime} | template_args
-    options = {"add_generation_prompt": not is_prefilled, "continue_final_message": is_prefilled, "return_dict": False}
+    continues = messages[-1]["role"] == "assistant"  # an answer that the model is to go on with
+    options = {"add_generation_prompt": not continues, "continue_final_message": continues, "return_dict": False}
     try:
-        return tokenizer.apply_chat_template(messages, **options, **template_args)
+        return tokenizer.apply_chat_template(messages, **options, **{"strftime_now": DATE.strftime} | template_args)
     except (jinja2.exceptions.TemplateError, ValueError, TypeError) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(
-            f"the chat template refuses problem {id} with messages of the roles {roles}: {error}. "
-            f"--template plain does without a chat template"
-        ) from error
+        refused = f"the chat template refuses problem {id} with messages of the roles {roles}: {error}"
+        raise ValueError(f"{refused}. --template plain does without a chat template") from error
 
 
 def encode_all(problems, tokenizer, cfg, vocab) -> list[tuple[Problem, list[int]]]:
@@ -257,10 +237,9 @@ def encode_all(problems, tokenizer, cfg, vocab) -> list[tuple[Problem, list[int]
     for problem in problems:
         ids = encode(problem, tokenizer, cfg.template, cfg.template_args)
         if max(ids, default=0) >= vocab:
-            raise ValueError(
-                f"problem {problem.id} has the token {tokenizer.decode([max(ids)])!r} with id {max(ids)}, but the model knows "
-                f"{vocab} ids: resize its embeddings (resize_token_embeddings), or use another --template"
-            )
+            token = f"{tokenizer.decode([max(ids)])!r} with id {max(ids)}, but the model knows {vocab} ids"
+            remedy = "resize its embeddings (resize_token_embeddings), or use another --template"
+            raise ValueError(f"problem {problem.id} has the token {token}: {remedy}")
         prompts.append((problem, ids))
     return prompts
 
@@ -313,17 +292,17 @@ def load_problems(cfg, tokenizer, vocab):
     """(TrainingPrompts, {name: [(held-out problem, prompt ids)]}). ValueError if a held-out prompt is over --max_prompt."""
     prompts = encode_all(load(cfg.data, seed=cfg.seed), tokenizer, cfg, vocab)
     train = TrainingPrompts(prompts, cfg.max_prompt, cfg.seed)
-    eval_data = cfg.eval_data
-    if eval_data == "auto":
-        eval_data = "toy" if cfg.data == "toy" else ""
+    names = cfg.eval_data
+    if names == "auto":
+        names = "toy" if cfg.data == "toy" else ""
     held_out = {}
-    for name in eval_data.split(",") if cfg.eval_every and eval_data else []:
-        held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
-        for problem, ids in held_out[name]:
-            if len(ids) > cfg.max_prompt:
-                raise ValueError(
-                    f"held-out problem {problem.id} has {len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
-                )
+    if names and cfg.eval_every:
+        for name in names.split(","):
+            held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
+    for problem, ids in [prompt for prompts in held_out.values() for prompt in prompts]:
+        if len(ids) > cfg.max_prompt:
+            size = f"{len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
+            raise ValueError(f"held-out problem {problem.id} has {size}")
     return train, held_out
 
 
@@ -334,15 +313,14 @@ def shared_vocab(student, teacher) -> int:
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     shared = min(max(ours.values()), max(theirs.values())) + 1
-    differ = [token for token in ours.keys() & theirs.keys() if ours[token] != theirs[token]]
-    differ += [token for token in ours.keys() - theirs.keys() if ours[token] < shared]
-    differ += [token for token in theirs.keys() - ours.keys() if theirs[token] < shared]
+    differ = []
+    for token in ours | theirs:
+        our_id, their_id = ours.get(token, shared), theirs.get(token, shared)  # a token that one lacks may be padding
+        if our_id != their_id and min(our_id, their_id) < shared:
+            differ.append(f"{token!r} is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher")
     if differ:
-        example = differ[0]
-        raise ValueError(
-            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example "
-            f"{example!r} is id {ours.get(example)} for the student and {theirs.get(example)} for the teacher"
-        )
+        example = f"{len(differ)} tokens differ, for example {differ[0]}"
+        raise ValueError(f"teacher and student have different tokenizers: {example}")
     return shared
 
 
@@ -386,36 +364,28 @@ class MicroBatch:
 
 def collate(rollouts, cfg, vocabulary: Vocabulary, device, empty=False) -> MicroBatch:
     """A MicroBatch of rollouts. empty: none of their tokens counts (N = 0)."""
-    sequences = [torch.tensor(r.prompt + r.response) for r in rollouts]
-    ids = nn.utils.rnn.pad_sequence(sequences, batch_first=True)  # [B, L]
-    rows, cols, position, segments = [], [], [], []
-    n_segments = 0
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(r.prompt + r.response) for r in rollouts], batch_first=True)  # [B, L]
     counted = [] if empty else rollouts
+    merged = {stop: vocabulary.merged[0] for stop in vocabulary.merged}
+    sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
+    rows, cols, tokens, segments, position, logprobs = [], [], [], [], [], []
+    n_segments = 0
     for row, r in enumerate(counted):
         n_tokens, start = len(r.response), len(r.prompt)
-        rows.append(torch.full((n_tokens,), row))
-        cols.append(torch.arange(start - 1, start - 1 + n_tokens))
-        position.append((torch.arange(n_tokens) + 0.5) / n_tokens)
+        rows += [row] * n_tokens
+        cols += range(start - 1, start - 1 + n_tokens)
+        tokens += [merged.get(token, token) for token in r.response]
+        position += [(i + 0.5) / n_tokens for i in range(n_tokens)]
+        logprobs += r.logprobs
         is_newline = [token in vocabulary.newline_ids for token in r.response]
-        sizes = {"block": cfg.block, "span_min": cfg.span_min, "span_max": cfg.span_max}
-        lengths = torch.tensor(segment_lengths(n_tokens, cfg.gate, is_newline, **sizes))
-        segments.append(n_segments + torch.arange(len(lengths)).repeat_interleave(lengths))
-        n_segments += len(lengths)
-    none = [torch.zeros(0, dtype=torch.long)]
-    rows, cols, segments = (torch.cat(none + x) for x in (rows, cols, segments))
-    tokens = ids[rows, cols + 1]
-    for id in vocabulary.merged[1:]:
-        tokens[tokens == id] = vocabulary.merged[0]
-    return MicroBatch(
-        ids=ids.to(device),
-        rows=rows.to(device),
-        cols=cols.to(device),
-        tokens=tokens.to(device),
-        segments=segments.to(device),
-        position=torch.cat([torch.zeros(0), *position]).to(device),
-        logp_sampler=torch.tensor([x for r in counted for x in r.logprobs], dtype=torch.float32).to(device),
-        rollouts=counted,
-    )
+        for length in segment_lengths(n_tokens, cfg.gate, is_newline, **sizes):
+            segments += [n_segments] * length
+            n_segments += 1
+    integers = {"rows": rows, "cols": cols, "tokens": tokens, "segments": segments}
+    reals = {"position": position, "logp_sampler": logprobs}
+    integers = {name: torch.tensor(x, dtype=torch.long, device=device) for name, x in integers.items()}
+    reals = {name: torch.tensor(x, dtype=torch.float32, device=device) for name, x in reals.items()}
+    return MicroBatch(ids=ids.to(device), rollouts=counted, **integers, **reals)
 
 
 def pack(rollouts, budget):
@@ -432,9 +402,8 @@ def pack(rollouts, budget):
 def make_minibatches(rollouts, cfg, step, vocabulary, device, rank=0, world=1) -> list[list[MicroBatch]]:
     """This rank's micro-batches of each minibatch: cfg.minibatches random parts of the rollouts that have tokens.
 
-    Every rank computes the same split. A minibatch's rollouts are dealt to the ranks so that their numbers of response
-    tokens are close. A rank with fewer micro-batches than another gets batches without tokens, since FSDP's forward and
-    backward passes are collectives that every rank must join.
+    Every rank computes the same split. A minibatch's rollouts are dealt so that the ranks have about as many response
+    tokens. A rank with fewer micro-batches gets some without tokens: all ranks must join FSDP's collectives.
     """
     rollouts = [r for r in rollouts if r.response]
     random.Random(f"{cfg.seed} {step}").shuffle(rollouts)

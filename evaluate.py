@@ -14,7 +14,6 @@ the kind would give. In a response that was cut off by its token limit, only a b
 """
 
 import json
-import shutil
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ from common import (
     barrier,
     gather,
     init_device,
-    lock_folder,
     one_line,
     outlive_terminal,
     rank,
@@ -57,11 +55,11 @@ def answer(sampler, tokenizer, jobs, grader, *, seed, **sampling):
     """Rows for jobs [(benchmark, Problem, prompt ids, number of the sample)]: what was sampled, and whether it is right."""
     prompts = [ids for _, _, ids, _ in jobs]
     seeds = [seed_for("eval", seed, problem.id, i) for _, problem, _, i in jobs]
+    rollouts = sampler.sample(prompts, seeds, **sampling)
     rows = []
-    for (name, problem, _, i), seed_i, r in zip(jobs, seeds, sampler.sample(prompts, seeds, **sampling), strict=True):
-        row = {"data": name, "problem": problem.id, "sample": i, "seed": seed_i, "tokens": len(r.response)}
-        row |= {"finish": r.finish, "gold": problem.answer}
-        rows.append(row | {"text": text_of(r, tokenizer)})
+    for (name, problem, _, i), seed, r in zip(jobs, seeds, rollouts, strict=True):
+        row = {"data": name, "problem": problem.id, "sample": i, "seed": seed, "tokens": len(r.response)}
+        rows.append(row | {"finish": r.finish, "gold": problem.answer, "text": text_of(r, tokenizer)})
     return graded(rows, grader)
 
 
@@ -80,8 +78,10 @@ def text_of(r, tokenizer):
 def graded(rows, grader):
     """The rows with answer, correct and reason."""
     verdicts = grader.grade([(row["text"], row["gold"], row["finish"] != "length") for row in rows])
-    names = ("answer", "correct", "reason")
-    return [row | dict(zip(names, verdict, strict=True)) for row, verdict in zip(rows, verdicts, strict=True)]
+    return [
+        row | {"answer": answer, "correct": correct, "reason": reason}
+        for row, (answer, correct, reason) in zip(rows, verdicts, strict=True)
+    ]
 
 
 def split_jobs(prompts, n, batch):
@@ -150,13 +150,8 @@ def mean_on_all_ranks(parts) -> float:
 
 def claim(folder: Path, identity: dict, overwrite: bool):
     """Makes the folder this evaluation's, and returns its lock; ValueError if it holds the samples of another."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(folder)
+    lock = checkpoint.claim_folder(folder, "identity.json", overwrite)
     path = folder / "identity.json"
-    if overwrite and path.exists():  # nothing but an evaluation is ever deleted
-        for old in folder.iterdir():
-            if old.name != ".lock":
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not path.exists():
         write_file(path, json.dumps(identity, indent=1) + "\n")
     saved = json.loads(path.read_text())
@@ -170,28 +165,12 @@ def claim(folder: Path, identity: dict, overwrite: bool):
     return lock
 
 
-def weights_version(path, commit):
-    """Changes when a folder's model does: the newest modification time of its files. Of a hub model, its commit."""
-    times = [file.stat().st_mtime for file in Path(path).glob("*") if file.is_file()]
-    return max(times, default=commit)
-
-
 # -----------------------------------------------------------------------------
 # commands
 
 
 def choose_model(name, trust_remote_code=False):
     """(folder or hub name, what to call it)."""
-    if name in ("toy", "toy-teacher"):
-        import toy
-
-        teacher, student = toy.models()
-        return str(student if name == "toy" else teacher), name
-    if (Path(name) / "state.json").exists():  # a checkpoint
-        if rank() == 0:
-            checkpoint.export(Path(name), trust_remote_code)
-        barrier()
-        return str(Path(name) / "model"), "-".join(Path(name).parts[-2:])
     if name.count("/") > 1 and not Path(name).is_dir():
         raise ValueError(f"--model: there is no folder {name}")
     if not name:
@@ -199,8 +178,18 @@ def choose_model(name, trust_remote_code=False):
         if not finished:
             raise ValueError("no finished run in out/: give --model, or train with python train.py")
         name = str(finished[-1].parent)
-    parts = [x for x in Path(name).parts if x not in ("/", "..", "out", "final")]
-    return name, "-".join(parts[-2:])
+    label = "-".join([part for part in Path(name).parts if part not in ("/", "..", "out", "final")][-2:])
+    if name in ("toy", "toy-teacher"):
+        import toy
+
+        teacher, student = toy.models()
+        name = str(student if name == "toy" else teacher)
+    elif (Path(name) / "state.json").exists():  # a checkpoint
+        if rank() == 0:
+            checkpoint.export(Path(name), trust_remote_code)
+        barrier()
+        name = str(Path(name) / "model")
+    return name, label
 
 
 def prepare(cfg, device):
@@ -237,7 +226,9 @@ def prepare(cfg, device):
     cfg = replace(cfg, model=model, data=names, n=cfg.n or cfg.k, max_tokens=max_tokens, out=out)
     identity |= {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
     identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type}
-    identity["weights"] = weights_version(model, getattr(config, "_commit_hash", None))
+    # Tells when the weights have changed: a folder by its newest file, a hub model by its commit.
+    times = [file.stat().st_mtime for file in Path(model).glob("*") if file.is_file()]
+    identity["weights"] = max(times, default=getattr(config, "_commit_hash", None))
     return cfg, label, tokenizer, prompts, identity
 
 

@@ -33,6 +33,7 @@ import sys
 import time
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 LONGEST = 1000  # characters; a longer answer is not compared. MATH-500's longest gold answer has 53
 TAIL = 2000  # characters at the end of a response that are searched for an answer without a box
@@ -214,28 +215,28 @@ def is_balanced(text):
     return not braces and is_paired and not re.search(r"(?<!\\)\$", text)
 
 
-def verdict_at_sight(answer: str | None, gold: str) -> tuple[bool, str] | None:
-    """(correct, reason) if no algebra is needed, else None."""
+def reason_at_sight(answer: str | None, gold: str) -> str | None:
+    """The verdict's reason if no algebra is needed, else None."""
     if answer is None:
-        return False, "no answer"
+        return "no answer"
     if len(answer) > LONGEST:
-        return (True, "equal") if answer == gold else (False, "too long")
+        return "equal" if answer == gold else "too long"
     answer, gold = clean_pair(answer, gold)
     if not gold:
-        return False, "no gold"
+        return "no gold"
     if answer == gold:
-        return True, "equal"
+        return "equal"
     if re.fullmatch("-?[0-9]+", answer) and re.fullmatch("-?[0-9]+", gold):
-        return False, "different"
+        return "different"
     return None
 
 
 # -----------------------------------------------------------------------------
-# worker processes: one line with an answer in, one line with its verdict out
+# worker processes: one line with an answer in, one line with the reason for its verdict out
 
 
 def serve(seconds: int):
-    """A worker: [answer, gold] lines in, [correct, reason] lines out. Over `seconds` of CPU time for one, it dies."""
+    """A worker: [answer, gold] lines in, lines with a reason out. Over `seconds` of CPU time for one, it dies."""
     replies = os.fdopen(os.dup(1), "w")
     for stream in (1, 2):  # math-verify and ANTLR print complaints
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
@@ -244,7 +245,6 @@ def serve(seconds: int):
     from math_verify import LatexExtractionConfig, parse
 
     latex_only = [LatexExtractionConfig(boxed_match_priority=0)]  # SymPy would eval a plain-text expression
-
     for line in sys.stdin:
         cpu_limit = int(time.process_time()) + seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit, resource.RLIM_INFINITY))
@@ -252,8 +252,7 @@ def serve(seconds: int):
         answer, gold = [parse(f"\\boxed{{{text}}}", latex_only, parsing_timeout=None) for text in texts]
         is_parsable = any(not isinstance(reading, str) for reading in answer)
         reason = "equal" if is_equal(gold, answer) else "different" if is_parsable else "unparsable"
-        replies.write(json.dumps([reason == "equal", reason]) + "\n")
-        replies.flush()
+        print(reason, file=replies, flush=True)
 
 
 def is_equal(gold, answer) -> bool:
@@ -286,9 +285,8 @@ class Grader:
     """
 
     def __init__(self, workers: int = 0, seconds: int = 3):
-        self.workers = workers or min(8, os.cpu_count() or 1)
-        self.seconds = seconds
-        self.verdicts = {}  # (answer, gold) -> (correct, reason)
+        self.workers, self.seconds = workers or min(8, os.cpu_count() or 1), seconds
+        self.reasons = {}  # (answer, gold) -> reason
         self.started = []  # the processes that are alive
         self.idle = queue.SimpleQueue()  # of processes; None is a worker that is yet to be started
         for _ in range(self.workers):
@@ -305,31 +303,29 @@ class Grader:
     def grade(self, responses) -> list[tuple[str | None, bool, str]]:
         """[(answer or None, correct, reason)] for [(text, gold, finished)]. Reasons: equal, different, UNGRADABLE."""
         pairs = [(extract(text, finished), gold) for text, gold, finished in responses]
-        verdicts = {pair: verdict_at_sight(*pair) for pair in pairs if pair not in self.verdicts}
-        hard = [pair for pair, verdict in verdicts.items() if verdict is None]
+        reasons = {pair: reason_at_sight(*pair) for pair in pairs if pair not in self.reasons}
+        hard = [pair for pair, reason in reasons.items() if reason is None]
         with ThreadPoolExecutor(self.workers) as threads:
-            verdicts.update(zip(hard, threads.map(self._ask, hard), strict=True))
-        self.verdicts.update(verdicts)
-        return [(answer, *self.verdicts[answer, gold]) for answer, gold in pairs]
+            reasons.update(zip(hard, threads.map(self._ask, hard), strict=True))
+        self.reasons |= reasons
+        return [(pair[0], self.reasons[pair] == "equal", self.reasons[pair]) for pair in pairs]
 
     def _ask(self, pair, retries=1):
-        """A worker's verdict on (answer, gold). A worker that something else kills, such as the OOM killer, is asked again."""
+        """A worker's reason for its verdict on (answer, gold). A worker that something else kills, such as the OOM killer, is asked again."""
         worker = self.idle.get()
         if worker is None:
             command = [sys.executable, __file__, str(self.seconds)]
             # a session of its own, out of reach of a Ctrl-C that the caller may survive
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
             self.started.append(worker)
-        try:
+        with suppress(BrokenPipeError):  # it died while it was idle, and gives no reply
             worker.stdin.write(json.dumps(pair).encode() + b"\n")  # ASCII: lone surrogates and NULs are escaped
             worker.stdin.flush()
-        except BrokenPipeError:  # it died while it was idle, and gives no reply
-            pass
         ready, _, _ = select.select([worker.stdout], [], [], 60 + 10 * self.seconds)  # it may hang and use no CPU
         reply = worker.stdout.readline() if ready else b""
         if reply.endswith(b"\n"):
             self.idle.put(worker)
-            return tuple(json.loads(reply))
+            return reply.decode().strip()
         worker.kill()
         worker.communicate()
         self.started.remove(worker)
@@ -337,7 +333,7 @@ class Grader:
         if ready and worker.returncode == -signal.SIGKILL and retries:
             return self._ask(pair, retries - 1)
         is_slow = not ready or worker.returncode == -signal.SIGXCPU
-        return False, "time limit" if is_slow else "crash"
+        return "time limit" if is_slow else "crash"
 
 
 if __name__ == "__main__":

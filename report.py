@@ -129,30 +129,35 @@ def paired(ours, base, seed=0):
 # metrics and tables
 
 
-def scores_by_problem(rows) -> dict:
-    """{problem id: its pass@k for k = 1..n} of one benchmark's rows; n: the samples that every problem has."""
+def curves_by_problem(rows, k: int) -> dict:
+    """{problem id: its pass@k for k = 1..n} of one benchmark's rows; n: the samples that every problem has, at least k."""
     verdicts = {}
     for row in rows:
         verdicts.setdefault(row["problem"], []).append(row["correct"])
     n = min(len(samples) for samples in verdicts.values())
+    if k > n:
+        raise ValueError(f"--k is {k}, but there are {n} sample(s) of each problem: lower --k")
     n_correct = [sum(samples[:n]) for samples in verdicts.values()]
     return dict(zip(verdicts, pass_at_k(n, n_correct), strict=True))
 
 
+def curves_of_runs(runs, k: int) -> np.ndarray:
+    """[R, P, n] of R runs' rows of one benchmark. The problems are sorted, so that those of other runs pair up with them."""
+    runs = [curves_by_problem(rows, k) for rows in runs]
+    return np.array([[curves[problem] for problem in sorted(runs[0])] for curves in runs])
+
+
 def metrics(rows, k: int) -> dict:
     """{"pass@K", "mean@N", "truncated", "length", "no_answer"} of one benchmark's rows: shares; tokens for length."""
-    curves = np.array(list(scores_by_problem(rows).values()))  # [P, n]
-    n = curves.shape[1]
-    if k > n:
-        raise ValueError(f"--k is {k}, but there are {n} sample(s) of each problem: lower --k")
+    curve = np.mean(list(curves_by_problem(rows, k).values()), 0)  # [n]
     values = {
-        f"pass@{k}": curves[:, k - 1],
-        f"mean@{n}": curves[:, 0],
-        "truncated": [row["finish"] == "length" for row in rows],
-        "length": [row["tokens"] for row in rows],
-        "no_answer": [row["reason"] in UNGRADABLE for row in rows],
+        f"pass@{k}": curve[k - 1],
+        f"mean@{len(curve)}": curve[0],
+        "truncated": np.mean([row["finish"] == "length" for row in rows]),
+        "length": np.mean([row["tokens"] for row in rows]),
+        "no_answer": np.mean([row["reason"] in UNGRADABLE for row in rows]),
     }
-    return {name: float(np.mean(x)) for name, x in values.items()}
+    return {name: float(x) for name, x in values.items()}
 
 
 def summary(runs, k: int) -> dict:
@@ -164,12 +169,10 @@ def summary(runs, k: int) -> dict:
     runs = [rows_by_benchmark(rows) for rows in runs]
     entries, draws = {}, []
     for seed, benchmark in enumerate(runs[0]):
-        scores = [scores_by_problem(run[benchmark]) for run in runs]
-        problems = scores[0].keys()  # in one order, which may not be that of the other runs
-        curves = np.mean([[run_scores[problem] for problem in problems] for run_scores in scores], 0)  # [P, n]
+        curves = curves_of_runs([run[benchmark] for run in runs], k).mean(0)  # [P, n]
         run_metrics = [metrics(run[benchmark], k) for run in runs]
-        means = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}
-        entries[benchmark] = {**means, "problems": len(problems), "curve": curves.mean(0)}
+        entry = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}
+        entries[benchmark] = entry | {"problems": len(curves), "curve": curves.mean(0)}
         draws.append(bootstrap(curves, seed=seed))  # [DRAWS, n]
 
     if len(entries) > 1:
@@ -193,12 +196,12 @@ def percent(share, bounds=None) -> str:
 
 def format_columns(header, body) -> str:
     """Lines of text cells as aligned columns, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = []
-    for row in [header, *body]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    columns = []
+    for i, column in enumerate(zip(header, *body, strict=True)):
+        width = max(map(len, column))
+        columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in column])
+    first_line, *lines = ["  ".join(row) for row in zip(*columns, strict=True)]
+    return "\n".join([first_line, "-" * len(first_line), *lines])
 
 
 def summary_table(entries: dict, k: int) -> str:
@@ -230,40 +233,34 @@ def comparison(variants: dict, k: int) -> str:
 
     variants: {name: [rows of each run]}. ValueError if runs answer different problems, or have under k samples of each.
     """
-    runs = [(name, rows_by_benchmark(rows)) for name, variant in variants.items() for rows in variant]
-    baseline, first_run = runs[0]
-    benchmarks = [benchmark for benchmark in first_run if all(benchmark in run for _, run in runs)]
+    runs = {name: [rows_by_benchmark(rows) for rows in variant] for name, variant in variants.items()}
+    all_runs = [(name, run) for name, variant in runs.items() for run in variant]
+    baseline, first_run = all_runs[0]
+    benchmarks = [benchmark for benchmark in first_run if all(benchmark in run for _, run in all_runs)]
     if not benchmarks:
-        available = ", ".join(f"{name} has {' and '.join(run)}" for name, run in runs)
+        available = ", ".join(f"{name} has {' and '.join(run)}" for name, run in all_runs)
         raise ValueError(f"--compare: no benchmark in common: {available}")
-
-    curves = {name: {benchmark: [] for benchmark in benchmarks} for name in variants}  # lists of [P, n], one per run
-    for name, run in runs:
-        for benchmark in benchmarks:
-            expected = {(row["problem"], row["gold"]) for row in first_run[benchmark]}
-            answered = {(row["problem"], row["gold"]) for row in run[benchmark]}
-            differing = expected ^ answered
+    for benchmark in benchmarks:
+        expected = {(row["problem"], row["gold"]) for row in first_run[benchmark]}
+        for name, run in all_runs:
+            differing = expected ^ {(row["problem"], row["gold"]) for row in run[benchmark]}
             if differing:
                 example = f"{len(differing)} differ, for example (id, gold) = {min(differing)}"
                 raise ValueError(f"{baseline} and {name} do not answer the same problems of {benchmark}: {example}")
-            scores = scores_by_problem(run[benchmark])
-            problems = scores_by_problem(first_run[benchmark]).keys()  # the order for all runs, so that they pair up
-            run_curves = np.array([scores[problem] for problem in problems])
-            n = run_curves.shape[1]
-            if k > n:
-                raise ValueError(f"--k is {k}, but {name} has {n} sample(s) of each problem of {benchmark}: lower --k")
-            curves[name][benchmark].append(run_curves)
 
-    groups = [(benchmark, [benchmark]) for benchmark in benchmarks]
+    def scores(name, members, column):
+        """[R, P] for each of these benchmarks."""
+        return [curves_of_runs([run[benchmark] for run in runs[name]], k)[..., column] for benchmark in members]
+
+    groups = {benchmark: [benchmark] for benchmark in benchmarks}
     if len(benchmarks) > 1:
-        groups.append((MEAN, benchmarks))
+        groups[MEAN] = benchmarks
     body = []
     for name in list(variants)[1:]:
         for metric, column in ((f"pass@{k}", k - 1), ("mean@n", 0)):
-            for label, members in groups:
-                ours = [np.array(curves[name][benchmark])[..., column] for benchmark in members]  # [R, P] for each
-                base = [np.array(curves[baseline][benchmark])[..., column] for benchmark in members]
-                means = [percent(np.mean([scores.mean() for scores in side])) for side in (ours, base)]
+            for label, members in groups.items():
+                ours, base = scores(name, members, column), scores(baseline, members, column)
+                means = [percent(np.mean([x.mean() for x in side])) for side in (ours, base)]
                 difference, bounds, p_value = paired(ours, base)
                 body.append([name, label, metric, *means, percent(difference, bounds), f"{p_value:.4f}"])
     return format_columns(["variant", "", "%", "variant", baseline, "difference", "p"], body)

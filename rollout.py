@@ -103,13 +103,13 @@ class HFSampler:
         warpers = [hf.TemperatureLogitsWarper(float(temperature))] if temperature != 1 else []
         warpers += [hf.TopKLogitsWarper(top_k)] if top_k else []
         warpers += [hf.TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-        config = hf.GenerationConfig(max_new_tokens=max_tokens, do_sample=False)
-        config.eos_token_id, config.pad_token_id = self.stops or None, self.pad
         model = self.model
         was_training, models_own_config = model.training, model.generation_config
         model.eval()  # in training mode, gradient checkpointing switches the KV cache off
-        # What our config leaves open, generate() takes from the model's own: repetition penalties and the like.
+        # What the config below leaves open, generate() takes from the model's own: repetition penalties and the like.
         model.generation_config = hf.GenerationConfig()
+        config = hf.GenerationConfig(max_new_tokens=max_tokens, do_sample=False)
+        config.eos_token_id, config.pad_token_id = self.stops or None, self.pad
         rollouts = {}
         todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         try:
@@ -135,22 +135,17 @@ class HFSampler:
         def stop_all(ids, *_, **__):
             return torch.full((len(ids),), self.should_stop(), device=device)
 
+        options = {"generation_config": config, "logits_processor": [draw], "stopping_criteria": [stop_all]}
         # fp32 master weights on a GPU compute in bf16, as they do in the trainer
         is_half = device.type == "cuda" and self.model.dtype == torch.float32
         with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-            out = self.model.generate(
-                ids,
-                attention_mask=mask,
-                generation_config=config,
-                logits_processor=[draw],
-                stopping_criteria=[stop_all],
-            )
+            out = self.model.generate(ids, attention_mask=mask, **options)
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         for prompt, row, logp in zip(prompts, out[:, width:].tolist(), logprobs, strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in self.stops), None)
-            finish = "length" if end is None else "stop"
-            rollouts.append(Rollout(prompt, row[:end], logp[:end], finish))
+            ends = [i + 1 for i, token in enumerate(row) if token in self.stops]
+            n_tokens = ends[0] if ends else len(row)
+            rollouts.append(Rollout(prompt, row[:n_tokens], logp[:n_tokens], "stop" if ends else "length"))
         return rollouts
 
 
@@ -325,30 +320,28 @@ def choose(kind, device):
     """("vllm" or "hf", why) for auto, vllm or hf on "cpu" or "cuda". ValueError if vLLM is needed and cannot run."""
     if kind == "hf":
         return "hf", "as asked"
-    if importlib.util.find_spec("vllm") is None:
-        why = "vLLM is not installed (pip install -r requirements-vllm.txt)"
-    elif kind == "auto" and device == "cpu":
+    is_installed = importlib.util.find_spec("vllm") is not None
+    why = "vLLM is not installed (pip install -r requirements-vllm.txt)"
+    if kind == "auto" and device == "cpu":
         # On one thread the toy's 64 x 100 tokens take 0.36 s with hf and 0.45 s with vLLM, after 8 s to start; at 0.1B
         # parameters vLLM takes half of hf's time.
-        return "hf", "on a CPU, vLLM pays off for larger models only (--rollout vllm)"
-    elif (built_for := vllm_device()) != device:
+        return "hf", "on a CPU, vLLM pays off for larger models only (--rollout vllm)" if is_installed else why
+    if is_installed:
+        built_for = vllm_device()
+        if built_for == device:
+            return "vllm", "as asked" if kind == "vllm" else f"it is installed, and runs on {device}"
         why = f"the vLLM installed here runs on {built_for or 'no device found'}, not on {device}"
-    else:
-        return "vllm", "as asked" if kind == "vllm" else f"it is installed, and runs on {device}"
-    if kind == "vllm" or device == "cuda":
-        # On a GPU there is no silent fallback: at 16k tokens generate() would take the better part of an hour per step.
-        raise ValueError(f"--rollout {kind}: {why}. --rollout hf samples without it, many times slower on a GPU")
-    return "hf", why
+    # On a GPU there is no silent fallback: at 16k tokens generate() would take the better part of an hour per step.
+    raise ValueError(f"--rollout {kind}: {why}. --rollout hf samples without it, many times slower on a GPU")
 
 
-def make_sampler(
-    cfg, path, model, tokenizer, vocab, stops, *, max_len=0, tp=1, max_num_seqs=256, should_stop=lambda: False
-):
+def make_sampler(cfg, path, model, tokenizer, vocab, stops, should_stop=lambda: False, **engine_options):
     """The sampler that cfg.rollout names.
 
     model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. vocab: ids that may be sampled;
-    further rows of the embedding are padding. stops: ids that end a response. max_num_seqs: responses that vLLM works on at
-    once. should_stop() is asked at every token: once it is True, sample returns what there is, and the caller has to drop it.
+    further rows of the embedding are padding. stops: ids that end a response. should_stop() is asked at every token: once it
+    is True, sample returns what there is, and the caller has to drop it. engine_options: VLLMSampler's max_len, tp and
+    max_num_seqs.
     """
     import transformers as hf
 
@@ -356,22 +349,16 @@ def make_sampler(
     kind, _ = choose(cfg.rollout, device)
     trust = cfg.trust_remote_code
     if kind == "vllm":
-        options = {
-            "max_len": max_len,
-            "max_num_seqs": max_num_seqs,
-            "memory": cfg.vllm_memory,
-            "tp": tp,
-            "trust": trust,
-        }
-        return start_engine(path, stops, vocab, should_stop=should_stop, **options)
+        engine_options |= {"memory": cfg.vllm_memory, "trust": trust, "should_stop": should_stop}
+        return start_engine(path, stops, vocab, **engine_options)
     needs_copy = model is None or any(hasattr(p, "full_tensor") for p in model.parameters())
     if needs_copy:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         model = hf.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust, dtype=dtype)
         model = model.to(torch.device(device))
-    pad = tokenizer.pad_token_id or 0
     budget = token_budget(model.config, torch.cuda.mem_get_info()[0] if device == "cuda" else None)
-    return HFSampler(model, stops, pad, vocab, owns_model=needs_copy, budget=budget, should_stop=should_stop)
+    options = {"owns_model": needs_copy, "budget": budget, "should_stop": should_stop}
+    return HFSampler(model, stops, tokenizer.pad_token_id or 0, vocab, **options)
 
 
 def start_engine(path, stops, vocab, **options):

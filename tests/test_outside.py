@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import toy_vocabulary
-from helpers import ROOT, SHARED, far, finished, flags, join, metrics, run, start, start_child
+from helpers import ENV, ROOT, SHARED, far, finished, flags, join, metrics, run, start, start_child
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -355,28 +355,22 @@ def test_a_text_template_that_begins_with_bos_gets_no_second_one():
 
 
 def test_a_checkpoint_is_evaluated_like_any_model(pair, tmp_path):
-    """evaluate.py --model run/step-2 is evaluate.py --model run/final, for the last step."""
+    """evaluate.py --model run/step-2 is evaluate.py --model run/final, for the last step; on two ranks, too."""
     run(pair, tmp_path / "run", **SMALL)
+    options = "--data toy --limit 3 --k 2 --max_tokens 9 --device cpu --model".split()
     rows = []
     for name in ("step-2", "final"):
-        options = [
-            "--model",
-            str(tmp_path / "run" / name),
-            "--data",
-            "toy",
-            "--limit",
-            "3",
-            "--k",
-            "2",
-            "--max_tokens",
-            "9",
-        ]
-        evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / name)]))
+        evaluate.main(parse(EvalConfig, [*options, str(tmp_path / "run" / name), "--out", str(tmp_path / name)]))
         rows.append((tmp_path / name / "samples.jsonl").read_bytes())
     assert rows[0] == rows[1]
     exported = load_file(tmp_path / "run/step-2/model/model.safetensors")
     assert far(exported, load_file(tmp_path / "run/final/model.safetensors")) == 0
     assert checkpoint.latest(tmp_path / "run").name == "step-2"
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, "evaluate.py", *options, tmp_path / "run" / "step-1", "--out", tmp_path / "two"]
+    subprocess.run(command, cwd=ROOT, env=ENV, check=True, timeout=90, capture_output=True)
+    assert (tmp_path / "run" / "step-1" / "model" / "config.json").exists()
 
 
 def test_data_files_of_many_kinds(tmp_path):
