@@ -6,6 +6,7 @@ import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,8 @@ def test_the_page_shows_the_response_and_its_gates(page):
     assert darkest.index(max(darkest)) == gates.index(min(gates)) and max(darkest) > 0.05
     for fact in ("opd (sampled tokens)", "block, 4 tokens", "3e-3", f"{len(gates)} tokens", "student", "rank 0"):
         assert fact in first["header"], fact
+    student = json.loads((page.parent / "config.json").read_text())["student"]
+    assert Path(student).name in first["header"] and student not in page.read_text(encoding="utf-8")
     for name, values in (("drift", epoch["drift"]), ("s", epoch["segment_drift"])):
         mean = sum(abs(x) for x in values) / len(values)
         assert re.search(rf"mean \|{name}\|\s+{mean:.3f}", last["now"])
