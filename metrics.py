@@ -295,8 +295,8 @@ def trace(step, updates, micro_batches, tokenizer, cfg):
     """A row of trace.jsonl: what a step's updates saw at each token of one response. None if this rank has no response.
 
     The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and
-    advantage are in nats. "epochs" holds what the update of each epoch saw. The advantage is the one that --loss opd
-    uses; for other losses, log q - log pi_old.
+    advantage are in nats. "epochs" holds what the update of each epoch saw, and how many updates had been made on this
+    step's rollouts before it. The advantage is the one that --loss opd uses; for other losses, log q - log pi_old.
     """
     responses = [(batch, i) for batch in micro_batches for i in range(len(batch.rollouts))]
     if not responses:
@@ -320,14 +320,16 @@ def trace(step, updates, micro_batches, tokenizer, cfg):
         "logq": numbers(logq),
         "epochs": [],
     }
-    for minibatch, _, per_token in updates:
+    n_updates = 0
+    for minibatch, result, per_token in updates:
         for other, tensors in zip(minibatch, per_token, strict=True):
             if other is batch:
                 d = tensors["d"][here]
                 advantage = tensors["advantage"][here] if "advantage" in tensors else logq - logp_old
                 columns = {"logp": logp_old + d, "drift": d, "segment_drift": tensors["s"][here]}
                 columns |= {"gate": tensors["g"][here], "advantage": advantage}
-                row["epochs"].append({name: numbers(x) for name, x in columns.items()})
+                row["epochs"].append({"updates": n_updates} | {name: numbers(x) for name, x in columns.items()})
+        n_updates += not result["skipped"]
     return row
 
 

@@ -25,7 +25,7 @@ PANELS = {  # title: a regular expression for the names of the metrics in the pa
 
 
 # The flags that tokens.html shows.
-SETTINGS = ("loss", "advantage", "gate", "block", "span_min", "span_max", "tau", "stat", "lr")
+SETTINGS = ("loss", "advantage", "topk", "gate", "block", "span_min", "span_max", "tau", "stat", "lr", "max_response")
 
 
 def read(run, name="metrics.jsonl") -> list[dict]:
@@ -98,6 +98,8 @@ def write_tokens(run) -> Path:
         raise ValueError(f"{run} has no trace.jsonl: train with --trace_every 10, for example")
     config = json.loads((run / "config.json").read_text())
     settings = {name: config[name] for name in SETTINGS}
+    settings["student"] = Path(config["student"]).name  # not the whole path: the page may be passed on
+    settings["teacher"] = config["teacher_url"] or Path(config["teacher"]).name
     data = json.dumps({"run": run.resolve().name, "settings": settings, "steps": read(run, "trace.jsonl")})
     data = data.replace("<", "\\u003c")  # the same to JSON, but no text in it can end the script that holds it
     template = Path(__file__).resolve().parent / "assets" / "tokens.html"

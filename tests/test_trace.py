@@ -2,9 +2,11 @@
 
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,6 +49,7 @@ def test_a_trace_holds_what_each_update_saw(scene):
     assert len(row["epochs"]) == 2
     segments = torch.tensor(row["segment"])
     for epoch, logp in zip(row["epochs"], logps, strict=True):
+        assert epoch["updates"] == row["epochs"].index(epoch)
         epoch = {name: torch.tensor(x) for name, x in epoch.items()}
         torch.testing.assert_close(epoch["logp"], logp, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(epoch["drift"], logp - logps[0], rtol=1e-3, atol=2e-5)
@@ -57,6 +60,20 @@ def test_a_trace_holds_what_each_update_saw(scene):
         advantage = torch.tensor(row["logq"]) - logps[0]
         torch.testing.assert_close(epoch["advantage"], advantage, rtol=1e-4, atol=2e-5)
     assert epoch["drift"].abs().max() > 0.01
+
+
+def test_a_trace_counts_the_updates_since_sampling(scene):
+    """In epoch 1 the second minibatch is already seen by a student that has drifted; a skipped update does not count."""
+    student, _, (first, second), cfg, _ = scene(minibatches=2)
+    sgd = torch.optim.SGD(student.parameters(), lr=0.2)
+    updates = [(batches, *train.update(student, sgd, batches, cfg)) for batches in (first, second, first, second)]
+
+    def counts(batches):
+        return [epoch["updates"] for epoch in metrics.trace(1, updates, batches, toy.tokenizer(), cfg)["epochs"]]
+
+    assert counts(first) == [0, 2] and counts(second) == [1, 3]
+    updates[1][1]["skipped"] = True
+    assert counts(first) == [0, 1] and counts(second) == [1, 2]
 
 
 def test_the_current_advantage_is_traced(scene):
@@ -135,27 +152,30 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on this machine")
 
 
-def browse(page, *options, view=""):
+def browse(page, *options, view="", size="900,700"):
     """(what Chromium prints, what the page wrote to its console)."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars"]
-    command += [f"--user-data-dir={page.parent / 'profile'}", "--window-size=900,700", "--virtual-time-budget=2000"]
+    command += [f"--user-data-dir={page.parent / 'profile'}", f"--window-size={size}", "--virtual-time-budget=2000"]
     command += [*options, f"{page.as_uri()}#{view}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def seen(page, script="", view=""):
+def seen(page, script="", view="", size="900,700"):
     """What the browser shows after a script in the page. The console must stay empty."""
     look = """
         const tokens = [...document.querySelectorAll(".token")];
         const shades = tokens.map(x => getComputedStyle(x).backgroundColor);
         const result = {
-            shades, hash: location.hash.slice(1), text: document.getElementById("response").innerText,
+            shades, hash: location.hash.slice(1), text: tokens.map(x => x.textContent).join(""),
             step: document.getElementById("step").value, epoch: document.getElementById("epoch").value,
-            by: document.querySelector("[name=by]:checked").value, starts: document.querySelectorAll(".starts").length,
-            focused: tokens.indexOf(document.activeElement), card: document.getElementById("card").innerText,
-            facts: document.getElementById("facts").innerText, summary: document.getElementById("summary").innerText,
+            by: document.querySelector("[name=by]:checked").value, focused: tokens.indexOf(document.activeElement),
+            rows: [...document.getElementById("response").rows].map(x => [...x.cells].map(cell => cell.innerText)),
+            numbers: document.getElementById("details").innerText,
+            header: document.querySelector("header").innerText, now: document.querySelector(".controls").innerText,
+            places: Object.fromEntries(["details", "response"].map(id => [id, document.getElementById(id).getBoundingClientRect()])),
+            lines: tokens.map(x => [...x.getClientRects()].filter(box => box.width > 1).length),
         };
         const pre = document.createElement("pre");
         pre.id = "result";
@@ -167,7 +187,7 @@ def seen(page, script="", view=""):
     # Later, because a window that is just opening has no focus yet, and fires no focus events.
     late = f"<script>setTimeout(() => {{{script}\n{look}}}, 500)</script></html>"
     copy.write_text(text.replace("</html>", late), encoding="utf-8")
-    dom, console = browse(copy, "--dump-dom", view=view)
+    dom, console = browse(copy, "--dump-dom", view=view, size=size)
     assert console == []
     return json.loads(html.unescape(re.search('<pre id="result">(.*)</pre>', dom, re.DOTALL)[1]))
 
@@ -179,70 +199,139 @@ def page(pair, tmp_path_factory):
     return plot.write_tokens(out)
 
 
+def minus(x, digits=3):
+    """A number as the page writes it."""
+    return f"{x:+.{digits}f}".replace("-", "\u2212")
+
+
 @needs_browser
 def test_the_page_shows_the_response_and_its_gates(page):
     row = traced(page.parent)[0]
-    first, last = seen(page, view="step=1&epoch=1&by=gate"), seen(page, view="step=1&epoch=3&by=gate")
+    first, last = seen(page, view="step=1&epoch=1&by=gate"), seen(page, view="step=1&by=gate")
     assert first["text"].replace("\u23ce\n", "\n") == "".join(row["text"])
-    assert first["starts"] == row["segment"][-1] + 1
     assert all(shade.endswith(", 0)") for shade in first["shades"])  # no drift before the first update: no shade
-    gates = row["epochs"][2]["gate"]
+    assert "after 0 updates" in first["now"] and "after 2 updates" in last["now"]
+    assert last["epoch"] == "3"  # without an epoch in the address, the last one
+    epoch = row["epochs"][2]
+    gates = epoch["gate"]
     darkest = [float(re.search(r"([\d.]+)\)$", shade)[1]) for shade in last["shades"]]
     assert darkest.index(max(darkest)) == gates.index(min(gates)) and max(darkest) > 0.05
-    assert "opd" in last["facts"] and "block, 4 tokens" in last["facts"] and f"{min(gates):.3f}" in last["summary"]
+    for fact in ("opd (sampled tokens)", "block, 4 tokens", "3e-3", f"{len(gates)} tokens", "student", "rank 0"):
+        assert fact in first["header"], fact
+    student = json.loads((page.parent / "config.json").read_text())["student"]
+    assert Path(student).name in first["header"] and student not in page.read_text(encoding="utf-8")
+    for name, values in (("drift", epoch["drift"]), ("s", epoch["segment_drift"])):
+        mean = sum(abs(x) for x in values) / len(values)
+        assert re.search(rf"mean \|{name}\|\s+{mean:.3f}", last["now"])
+
+
+@needs_browser
+def test_each_block_has_its_drift_and_gate_beside_its_text(page):
+    row = traced(page.parent)[0]
+    epoch = row["epochs"][2]
+    for by in ("gate", "drift", "advantage"):
+        rows = seen(page, view=f"by={by}")["rows"]
+        assert len(rows) == row["segment"][-1] + 1
+        for k, (number, s, size, gate, _) in enumerate(rows):
+            mine = [i for i, segment in enumerate(row["segment"]) if segment == k]
+            drifts = [epoch["drift"][i] for i in mine]
+            assert (number, gate) == (str(k + 1), f"{epoch['gate'][mine[0]]:.3f}")
+            assert float(s.replace("\u2212", "-")) == pytest.approx(sum(drifts) / len(drifts), abs=6e-4)
+            assert float(size) == pytest.approx(sum(abs(d) for d in drifts) / len(drifts), abs=6e-4)
 
 
 @needs_browser
 def test_the_controls_of_the_page_work(page):
     start = seen(page)
-    assert (start["step"], start["epoch"], start["by"]) == ("1", "1", "gate")
+    assert (start["step"], start["epoch"], start["by"]) == ("1", "3", "gate")
     slide = (
-        'const slider = document.getElementById("epoch"); slider.value = 3; slider.dispatchEvent(new Event("input"));'
+        'const slider = document.getElementById("epoch"); slider.value = 2; slider.dispatchEvent(new Event("input"));'
     )
-    late = seen(page, slide)
-    assert late["epoch"] == "3" and late["hash"] == "step=1&epoch=3&by=gate" and late["shades"] != start["shades"]
-    views = [late]
+    middle = seen(page, slide)
+    assert middle["epoch"] == "2" and middle["hash"] == "step=1&epoch=2&by=gate" and middle["shades"] != start["shades"]
+    views = [middle]
     for by in ("drift", "advantage"):
         views.append(seen(page, f'{slide} document.querySelector("[value={by}]").click();'))
-        assert views[-1]["by"] == by and views[-1]["hash"] == f"step=1&epoch=3&by={by}"
+        assert views[-1]["by"] == by and views[-1]["hash"] == f"step=1&epoch=2&by={by}"
         assert all(views[-1]["shades"] != other["shades"] for other in views[:-1])
         assert seen(page, view=views[-1]["hash"])["shades"] == views[-1]["shades"]  # the address is a link to the view
     other = seen(page, 'step.value = "2"; step.dispatchEvent(new Event("change"));')
     assert other["step"] == "2" and other["text"] != start["text"]
     wrong = seen(page, view="step=77&epoch=x&by=y&token=12345")
-    assert (wrong["step"], wrong["epoch"], wrong["by"]) == ("1", "1", "gate")
+    assert (wrong["step"], wrong["epoch"], wrong["by"]) == ("1", "3", "gate")
+    assert wrong["numbers"] == start["numbers"]
+
+
+HOVER = 'document.querySelectorAll(".token")[{}].dispatchEvent(new MouseEvent("mouseover", {{bubbles: true}}));'
 
 
 @needs_browser
 def test_numbers_appear_on_hover_and_by_keyboard(page):
     row = traced(page.parent)[0]
-    hover = 'document.querySelectorAll(".token")[2].dispatchEvent(new MouseEvent("mouseover", {bubbles: true}));'
     key = (
         'document.querySelector(".token[tabindex=\'0\']").focus(); for (const key of ["ArrowRight", "ArrowRight"])'
         'document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));'
     )
-    assert seen(page)["card"] == ""
-    by_mouse, by_key = seen(page, hover, view="epoch=3"), seen(page, key, view="epoch=3")
-    assert by_key["focused"] == 2 and by_key["card"] == by_mouse["card"]
+    leave = 'document.getElementById("response").dispatchEvent(new MouseEvent("mouseleave"));'
+    start = seen(page)
+    assert start["numbers"].startswith("Point at a token") and "fixed" not in start["numbers"]
+    by_mouse, by_key = seen(page, HOVER.format(2)), seen(page, key)
+    assert by_key["focused"] == 2 and by_key["numbers"] == by_mouse["numbers"]
+    assert by_key["hash"].endswith("&token=3") and "token 3 of" in by_key["numbers"]  # both count from 1
+    assert seen(page, view=by_key["hash"])["numbers"] == by_key["numbers"]
+    # The mouse may pass over other tokens on its way to the slider: the focused one's numbers come back.
+    assert "token 6 of" in seen(page, key + HOVER.format(5))["numbers"]
+    assert seen(page, key + HOVER.format(5) + leave)["numbers"] == by_key["numbers"]
     epoch = row["epochs"][2]
-    for x in (row["logp_old"][2], row["logq"][2], *(epoch[name][2] for name in epoch)):
-        assert f"{abs(x):.4f}" in by_mouse["card"]
+    for x in (row["logp_old"][2], row["logq"][2], *(epoch[name][2] for name in epoch if name != "updates")):
+        assert f"{abs(x):.4f}" in by_mouse["numbers"]
+    assert minus(row["logq"][2] - epoch["logp"][2], 4) in by_mouse["numbers"].split("gap now")[1]
+    percent = re.search(r"log \u03c0old\s+\S+ \((.*) %\)", by_mouse["numbers"])[1]
+    assert float(percent) == pytest.approx(100 * math.exp(row["logp_old"][2]), rel=0.006)
+
+
+@needs_browser
+@pytest.mark.parametrize("size", ["500,900", "1100,900"])
+def test_the_numbers_are_below_the_text_and_on_the_screen(page, size):
+    """For the last token, too; and moving over the text moves nothing."""
+    n = len(traced(page.parent)[0]["text"])
+    width, height = map(int, size.split(","))
+    bottom = "scrollTo(0, document.body.scrollHeight);"
+    places = [seen(page, bottom + hover, size=size)["places"] for hover in ("", HOVER.format(0), HOVER.format(n - 1))]
+    for place in places:
+        assert place == places[0]
+        assert place["details"]["top"] >= place["response"]["bottom"] - 1
+        assert place["details"]["bottom"] <= height and place["details"]["right"] <= width
 
 
 @needs_browser
 def test_any_text_is_shown_as_it_is(page, tmp_path):
     """Markup, the end of a script, a token without text, white space, and a number that is not finite."""
     row = traced(page.parent)[0]
-    texts = ["</script><script>nonsense()</script>", "<!--", "<b>&amp;", "", "\t", "\u2028", "TRACE", '"\\']
+    texts = ["</script><script>oops()</script>", "<!--", "<b>&amp;", "", "\t", "\u2028", "TRACE", '"\\', "constructor"]
     for i, text in enumerate(texts):
         row["text"][i] = text
     row["logq"][0] = row["epochs"][0]["advantage"][0] = None
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(page.parent / name, tmp_path)
     (tmp_path / "trace.jsonl").write_text(json.dumps(row) + "\n")
-    result = seen(plot.write_tokens(tmp_path), view="by=advantage&token=0")
+    result = seen(plot.write_tokens(tmp_path), view="epoch=1&by=advantage&token=1")
     shown = "".join(texts).replace("\t", "\u21e5\t").replace("<b>&amp;", "<b>&amp;\u25af")
-    assert result["text"].startswith(shown) and "not finite" in result["card"]
+    assert result["text"].startswith(shown) and "not finite" in result["numbers"]
+
+
+@needs_browser
+def test_a_space_does_not_hang_over_the_end_of_a_line(page, tmp_path):
+    """So each of these words is one shaded box. Spaces that mean something, at a line's start or in a row, stay."""
+    row = traced(page.parent)[0]
+    row["text"] = [" " + "w" * 20] * len(row["text"])
+    row["text"][-3:] = ["\n", "  ", " x"]
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(page.parent / name, tmp_path)
+    (tmp_path / "trace.jsonl").write_text(json.dumps(row) + "\n")
+    result = seen(plot.write_tokens(tmp_path), size="500,900")
+    assert result["lines"] == [1] * len(row["text"])
+    assert result["rows"][-1][-1].endswith("\u23ce\n   x")
 
 
 @needs_browser
