@@ -17,7 +17,8 @@ True, wherever they lie in the row. All else (prompt, padding, gaps) is skipped.
 With gradient accumulation or several ranks the mean must be over the whole minibatch. So
 - do not normalise in each micro-batch: sum the gates, and divide the gradient once, before clipping;
 - undo any division of the loss by your trainer (Accelerate divides by gradient_accumulation_steps: multiply the loss by it);
-- this needs p.grad, which DeepSpeed does not have: there, make each update of one micro-batch, and use gate_weights.
+- this needs p.grad, which DeepSpeed does not have. There, use gradient_accumulation_steps = 1 and gate_weights; with several
+  ranks, each is then normalised by its own gates, which is only approximately Eq. 1.
 
     gate_sum = torch.zeros((), device=device)
     for each micro-batch:             # equally many on every rank: pad with one whose mask is False everywhere

@@ -124,14 +124,15 @@ def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, 
 
     hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
     ids [N, K]; bias [V'] or None. merged: a list of ids that count as one outcome, whose probability is the sum of theirs
-    (stop tokens, if student and teacher have different ones); each of them gets the outcome's z. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
+    (stop tokens, if student and teacher have different ones); each of them gets the outcome's z, so a row of ids should hold at
+    most one of them, as those of head_topk do. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
     the largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
 
     FLOPs                                              forward       backward
         z alone (lse=False)                            2 N H K       4 N H K
         z and lse, no gradient reaches lse (LSM)       2 N H V       4 N H K
-        z and lse, both with gradient (OPD)            2 N H V       2 N H V to recompute the logits, 4 N H V
-        head_kl                                        4 N H V       4 N H V to recompute the logits, 4 N H V
+        z and lse, both with gradient (OPD)            2 N H V       2 N H V (logits again) + 4 N H V (gradients)
+        head_kl                                        4 N H V       4 N H V (logits again) + 4 N H V (gradients)
     """
     vocab = vocab or weight.shape[0]
     chunk = chunk or _default_chunk(hidden)
@@ -340,7 +341,7 @@ CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
 def _default_chunk(x, cpu_log2=21, cuda_log2=27):
     """Elements of the largest temporary, as powers of 2; the fastest of those measured (bench/losses.py).
 
-    On a CPU, chunks over which several passes go between two matmuls should stay in the cache.
+    On a CPU, a chunk should fit in the cache, since several elementwise passes read it between two matmuls.
     """
     return 1 << (cuda_log2 if x.is_cuda else cpu_log2)
 

@@ -51,7 +51,7 @@ class Policy(nn.Module):
 
 @contextmanager
 def no_math_attention(is_cuda):
-    """On CUDA, ends the run in one line if only math attention could run."""
+    """On CUDA, exits with a one-line error if only math attention could run."""
     if not is_cuda:
         yield
         return
@@ -140,8 +140,11 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
         if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None  # a collective
-    with one_rank_at_a_time():  # each holds the whole model in host memory until it has sharded it
+    mesh = (
+        init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
+    )  # a collective, so outside the block
+    # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
+    with one_rank_at_a_time():
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
         lm.requires_grad_(False)
         for part in (lm.get_decoder(), lm.get_output_embeddings()):  # a vision tower stays frozen
@@ -182,7 +185,7 @@ def decoder_layers(lm):
 def check_head(lm, path):
     """ValueError for models that scale or cap their logits after the head, as Gemma 2 does: losses.py would be wrong."""
     cap = getattr(lm.config.get_text_config(), "final_logit_softcapping", None)
-    if cap:  # seen only in large logits
+    if cap:  # the check of numbers below would miss it: a cap changes large logits only
         raise ValueError(f"{path} caps its logits (final_logit_softcapping {cap}), which losses.py does not do")
     ids = torch.arange(8)[None]
     logits = lm(ids).logits[0, -1].float()

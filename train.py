@@ -15,7 +15,8 @@ Two choices that the paper leaves open:
 Ranks: every rank holds all rollouts, in the same order, and computes the same split of them into minibatches; it trains on its
 share of each. All ranks must call the following equally often, because the ranks communicate there: every forward and
 backward pass (weights are sharded), full_weights, on_all_ranks, sample_on_all_ranks, stop.requested, and the functions of
-metrics and evaluate. Conditions around such calls (skipped, has_evaluation) therefore have the same value on every rank.
+metrics and evaluate. So a condition around such a call must be equal on every rank, as has_evaluation is. `skipped` must be
+equal, too, or the ranks' weights would differ.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
@@ -57,8 +58,8 @@ from teacher import load_teacher
 #   logp_old [N]         log pi_old(y_t); None until main() or update() sets it, before the first update
 #   teacher              the teacher's targets, set by main(), at cfg.temperature like logp_old:
 #                          "logq_sampled" [N]: log q(y_t)
-#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens; K is 1 for losses that ignore them,
-#                            since head_topk always makes them
+#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens. head_topk returns at least one, so
+#                            losses that do not use them have K = 1
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #                        They stay on the host, because they are reused in every epoch and would fill the GPU.
 #
@@ -95,12 +96,14 @@ def topk_loss(policy, batch, cfg):
     ids = torch.cat([sampled, targets["topk_ids"]], 1)  # [N, 1 + K]
     # Renormalised on the support, the loss does not depend on lse, the logsumexp over the vocabulary. The gate needs lse, for
     # log pi(y_t), but without gradient. head_logits recomputes all logits in its backward pass only if lse gets a gradient;
-    # here it gets none, and the backward pass reads only 1 + K rows of the head per token.
+    # the detach makes sure that it gets none, and the backward pass reads only 1 + K rows of the head per token.
     loss_needs_lse = cfg.loss == "tail_topk" or not cfg.renormalise
 
     def on_hidden(hidden, weight, bias):
         z, lse = head_logits(hidden, weight, ids, bias, **policy.head_options(cfg.temperature))
-        return z, lse if loss_needs_lse else lse.detach()
+        if not loss_needs_lse:
+            lse = lse.detach()
+        return z, lse
 
     z, lse = policy(batch.ids, batch.rows, batch.cols, on_hidden)  # logits [N, 1 + K], logsumexp [N]
     logp = (z - lse[:, None]).detach()
