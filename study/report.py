@@ -3,7 +3,8 @@
 Intervals. The unit is a pair of models: a difference between two cells of the same pair and training seed is averaged over
 the seeds, and Student's t over the pairs' means gives the 95 % interval and the p-value. In a balanced design that is the
 mixed model with a random effect for each pair. It covers other pairs of the same kind as well as other training seeds,
-and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed.
+and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed. KLs are compared on
+a log scale, as ratios: they are positive, and a collapsed run has ten times the KL of another.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ REUSES = ("heavy", "light")
 GATES = ("none", "block", "span", "token", "sequence")
 EPOCHS = (1, 2, 4, 8, 16)  # of the dose-response
 METRICS = {  # name in the lines: (title, factor, decimals)
-    "kl": ("exact reverse KL to the teacher, 0.001 nats per token; lower is better", 1000, 0),
+    "kl": ("exact reverse KL to the teacher, 0.001 nats per token; its change in %; lower is better", 1000, 0),
     "pass@": ("pass@k, %", 100, 1),
     "mean@": ("mean@k, %", 100, 1),
 }
@@ -65,10 +66,14 @@ def by_unit(values) -> list[float]:
 
 
 def difference(lines, reuse, ours, base, metric):
-    """(units' differences, mean, low, high, p-value); NaN where there are fewer than two units. ours, base: (arm, gate)."""
+    """(units' differences, mean, low, high, p-value); NaN where there are fewer than two units. Of KLs, log-ratios.
+
+    ours, base: (arm, gate).
+    """
+    scale = np.log if metric == "kl" else np.asarray
     a = scores(lines, ours[0], reuse, ours[1], metric)
     b = scores(lines, base[0], reuse, base[1], metric)
-    units = by_unit({cell: a[cell] - b[cell] for cell in a.keys() & b.keys()})
+    units = by_unit({cell: float(scale(a[cell]) - scale(b[cell])) for cell in a.keys() & b.keys()})
     if len(units) < 2:
         return units, np.nan, np.nan, np.nan, np.nan
     test = stats.ttest_1samp(units, 0)
@@ -95,11 +100,14 @@ def markdown(header, body) -> str:
 
 
 def with_interval(mean, low, high, metric) -> str:
-    """Scaled and rounded; bold if the interval excludes zero."""
+    """A difference in points, or a log-ratio of KLs as a change in percent; bold if the interval excludes zero."""
     if np.isnan(low):
         return "-"
-    _, factor, decimals = METRICS[metric]
-    text = f"{factor * mean:+.{decimals}f} [{factor * low:.{decimals}f}, {factor * high:.{decimals}f}]"
+    if metric == "kl":
+        middle, lower, upper = (100 * np.expm1(x) for x in (mean, low, high))
+        text = f"{middle:+.0f} % [{lower:.0f}, {upper:.0f}]"
+    else:
+        text = f"{100 * mean:+.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     return f"**{text}**" if low * high > 0 else text
 
 
@@ -132,7 +140,7 @@ def question_table(lines) -> str:
         for i, (_, mean, low, high, p) in enumerate(results):
             body[i].append(with_interval(mean, low, high, metric))
             body[i].append(f"{p:.3f}, {corrected[i]:.3f}" if i in corrected else "-")
-    return markdown(["question", "KL, 0.001 nats", "p, Holm", "pass@k, points", "p, Holm"], body)
+    return markdown(["question", "KL", "p, Holm", "pass@k, points", "p, Holm"], body)
 
 
 def dose_table(lines, metric) -> str:
@@ -178,16 +186,17 @@ def draw_effects(lines, path):
             ax.axvline(0, color="black", linewidth=0.8)
             for i, gate in enumerate(GATES[1:]):
                 units, mean, low, high, _ = difference(lines, reuse, (arm, gate), (arm, "none"), "kl")
-                ax.plot(1000 * np.array(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
+                ax.plot(100 * np.expm1(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
                 if not np.isnan(low):
                     color = "C0" if low * high <= 0 else "C2" if mean < 0 else "C3"
-                    ax.plot([1000 * low, 1000 * high], [i, i], color=color)
-                    ax.plot(1000 * mean, i, "o", color=color, markersize=5)
+                    ax.plot([100 * np.expm1(low), 100 * np.expm1(high)], [i, i], color=color)
+                    ax.plot(100 * np.expm1(mean), i, "o", color=color, markersize=5)
+                    ax.set_xlim(-100, 200)
             ax.set(title=f"{arm}, {reuse} reuse", yticks=range(len(GATES) - 1), ylim=(len(GATES) - 1.5, -0.5))
             ax.set_yticklabels(GATES[1:])
             ax.grid(alpha=0.3, axis="x")
     for ax in axes[-1]:
-        ax.set_xlabel("KL over no gate, 0.001 nats (left: better)")
+        ax.set_xlabel("KL against no gate, % (left: better)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -22,16 +22,27 @@ def test_a_difference_is_paired_by_seed_averaged_by_pair_and_has_students_interv
     base = {"7/lsm/heavy/none/0": 0.5, "7/lsm/heavy/none/1": 0.1, "8/lsm/heavy/none/0": 0.3, "9/lsm/heavy/none/0": 0.2}
     gated = {"7/lsm/heavy/block/0": 0.6, "7/lsm/heavy/block/1": 0.4, "8/lsm/heavy/block/0": 0.4}
     gated |= {"9/lsm/heavy/block/0": 0.5, "9/lsm/heavy/block/1": 9.0}  # the last has no partner
-    arguments = "heavy", ("lsm", "block"), ("lsm", "none"), "kl"
+    arguments = "heavy", ("lsm", "block"), ("lsm", "none"), "pass@"
     units, mean, low, high, p = report.difference(lines(base | gated), *arguments)
     assert units == pytest.approx([0.2, 0.1, 0.3]) and mean == pytest.approx(0.2)
     half = 4.303 * 0.1 / math.sqrt(3)
     assert (low, high) == (pytest.approx(0.2 - half, abs=1e-4), pytest.approx(0.2 + half, abs=1e-4))
     assert p == pytest.approx(0.0742, abs=1e-4)  # t = 2 sqrt(3): 1 - t / sqrt(t^2 + 2), in closed form for t(2)
-    assert "+200 [-48, 448]" in report.gate_table(lines(base | gated), "kl")
+    assert "+20.0 [-4.8, 44.8]" in report.gate_table(lines(base | gated), "pass@")
     seeds = {name: x for name, x in (base | gated).items() if name.startswith("7")}
     assert sorted(report.difference(lines(seeds), *arguments)[0]) == pytest.approx([0.1, 0.3])  # one pair: its seeds
     assert np.isnan(report.difference(lines({}), *arguments)[1])
+
+
+def test_kls_are_compared_as_ratios():
+    """By hand: twice, four times and eight times the KL: the geometric mean is four times, + 300 %."""
+    kls = {f"{pair}/lsm/heavy/none/0": 0.1 for pair in (7, 8, 9)}
+    kls |= {f"{pair}/lsm/heavy/block/0": 0.1 * 2 ** (pair - 6) for pair in (7, 8, 9)}
+    _, mean, low, high, _ = report.difference(lines(kls), "heavy", ("lsm", "block"), ("lsm", "none"), "kl")
+    assert math.exp(mean) == pytest.approx(4)
+    half = 4.303 * math.log(2) / math.sqrt(3)
+    assert (low, high) == (pytest.approx(math.log(4) - half, abs=1e-3), pytest.approx(math.log(4) + half, abs=1e-3))
+    assert f"+300 % [{100 * math.expm1(low):.0f}, {100 * math.expm1(high):.0f}]" in report.gate_table(lines(kls), "kl")
 
 
 def test_holm_by_hand():
@@ -76,6 +87,6 @@ def test_the_report_of_the_committed_cells_has_every_table_and_figure(tmp_path, 
     path.write_text("".join(json.dumps(line | extra) + "\n" for line in lines(cells).values()))
     study.main(["--report", str(path)])
     out = capsys.readouterr().out
-    assert "**+800 [552, 1048]**" in out  # block: .1 times 7, 8 and 9
+    assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
     assert "| 16 | 6 | 62 (62 to 62) |" in out
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
