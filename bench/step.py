@@ -31,7 +31,6 @@ from bench.losses import table
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
 LEARNING_RATE = 1e-5
-STEPS = 4  # of each process; the first does not count
 VOCAB = 151936  # of the random pair, as in Qwen3
 
 # -----------------------------------------------------------------------------
@@ -66,7 +65,7 @@ def our_steps(job):
     for n in range(job["steps"]):
         start = time.process_time()
         sampler.sync(policy.full_weights(student))
-        jobs = [(prompt, seed_for(n, i)) for i, prompt in enumerate(prompts)]
+        jobs = [(prompt, seed_for(job["seed"], n, i)) for i, prompt in enumerate(prompts)]
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
         (batches,) = data.make_minibatches(rollouts, cfg, n, vocabulary, device)
         for batch in batches:
@@ -99,7 +98,7 @@ def trl_steps(job):
     with tempfile.TemporaryDirectory() as folder:
         config = trl.DistillationConfig(
             folder, per_device_train_batch_size=len(prompts), gradient_accumulation_steps=1, max_steps=job["steps"],
-            max_completion_length=job["max_response"], learning_rate=LEARNING_RATE, shuffle_dataset=False,
+            max_completion_length=job["max_response"], learning_rate=LEARNING_RATE, shuffle_dataset=False, seed=job["seed"],
             use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True,
             save_strategy="no", logging_strategy="no",
         )  # fmt: skip
@@ -125,12 +124,12 @@ def problems(job):
 
 
 def run_one(job):
-    """Prints a line of JSON: tokens_per_s, median of the steps after the first, and peak_gb of this whole process."""
+    """Prints a line of JSON: tokens_per_s of all steps but the first, and peak_gb, of the whole process."""
     torch.set_num_threads(1)
-    steps = SYSTEMS[job["system"]](job)
+    seconds, tokens = zip(*SYSTEMS[job["system"]](job)[1:], strict=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB; on macOS in bytes
     result = {
-        "tokens_per_s": statistics.median(tokens / seconds for seconds, tokens in steps[1:]),
+        "tokens_per_s": sum(tokens) / sum(seconds),
         "peak_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9,
     }
     print(json.dumps(result))
@@ -170,10 +169,11 @@ def make_sizes(folder, teacher, student):
     process.start()
     process.join()
     toy_teacher, toy_student = toy.models()
-    sizes = {"toy": {"teacher": toy_teacher, "student": toy_student, "responses": 64, "max_response": 100}}
+    sizes = {"toy": {"teacher": toy_teacher, "student": toy_student, "responses": 64, "max_response": 100, "steps": 13}}
     if teacher:
-        sizes["--teacher, --student"] = {"teacher": teacher, "student": student, "responses": 8, "max_response": 64}
-    random_pair = {"teacher": f"{folder}/teacher", "student": f"{folder}/student", "max_response": 128}
+        pair = {"teacher": teacher, "student": student, "responses": 8, "max_response": 32, "steps": 3}
+        sizes["--teacher, --student"] = pair
+    random_pair = {"teacher": f"{folder}/teacher", "student": f"{folder}/student", "max_response": 128, "steps": 3}
     for responses in (8, 32):
         name = f"random Qwen3, V {VOCAB:,}, {responses * 128:,} tokens"
         sizes[name] = random_pair | {"responses": responses}
@@ -184,9 +184,10 @@ def compare(sizes, runs):
     """Rows of text: size, then ours, TRL's and their ratio, of tokens a second and of peak memory; medians of runs."""
     systems = [name for name in SYSTEMS if name == "ours" or importlib.util.find_spec(name)]
     results = {}  # {(size, system): [what run_one prints]}
-    for _, size, system in itertools.product(range(runs), sizes, systems):
-        job = sizes[size] | {"system": system, "steps": STEPS}
-        results.setdefault((size, system), []).append(run_in_child(job))
+    for seed, size, system in itertools.product(range(runs), sizes, systems):
+        result = run_in_child(sizes[size] | {"system": system, "seed": seed})
+        print(f"{size}, {system}: {result}", file=sys.stderr)
+        results.setdefault((size, system), []).append(result)
     rows = []
     for size in sizes:
         row = [size]
@@ -243,7 +244,7 @@ def main(argv=None):
         with tempfile.TemporaryDirectory() as folder:
             sizes = make_sizes(Path(folder), args.teacher, args.student)
             rows = compare(sizes, args.runs)
-        title = f"A step. CPU, one thread; medians of {args.runs} processes of {STEPS - 1} steps each"
+        title = f"A step. CPU, one thread; medians of {args.runs} processes each"
         head = ["", "ours, tokens / s", "TRL's", "ratio", "ours, peak GB", "TRL's", "ratio"]
         table(title, head, rows)
     else:
