@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -118,7 +119,7 @@ SYSTEMS = {"ours": our_steps, "trl": trl_steps}
 
 
 def problems(job):
-    """job["responses"] of them: each of up to 8 questions several times."""
+    """job["responses"] of them: up to 8 different ones, repeated."""
     questions = data.load("toy", limit=min(8, job["responses"]))
     return questions * (job["responses"] // len(questions))
 
@@ -127,23 +128,21 @@ def run_one(job):
     """Prints a line of JSON: tokens_per_s of all steps but the first, and peak_gb, of the whole process."""
     torch.set_num_threads(1)
     seconds, tokens = zip(*SYSTEMS[job["system"]](job)[1:], strict=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in kB; on macOS in bytes
-    result = {
-        "tokens_per_s": sum(tokens) / sum(seconds),
-        "peak_gb": peak * (1 if sys.platform == "darwin" else 1024) / 1e9,
-    }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    result = {"tokens_per_s": sum(tokens) / sum(seconds), "peak_gb": peak * unit / 1e9}
     print(json.dumps(result))
 
 
 def run_in_child(job):
-    """What run_one(job) prints, from a process of its own."""
-    command = [sys.executable, "-m", "bench.step", "one", "--job", json.dumps(job)]
+    """What run_one(job) prints, run in a process of its own."""
+    command = [sys.executable, "-m", "bench.step", "one", json.dumps(job)]
     done = subprocess.run(command, cwd=ROOT, env=ENV, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def make_random_pair(root, vocab, hidden):
-    """A teacher and a student with random weights, and the toy's tokenizer with more tokens."""
+    """Saves a teacher and a student with random weights, and the toy's tokenizer with tokens added up to `vocab`."""
     from tokenizers.models import WordLevel
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -163,11 +162,9 @@ def make_random_pair(root, vocab, hidden):
 
 def make_sizes(folder, teacher, student):
     """{name: job} of every size to be measured. The random pair is made in folder."""
-    # In a process of its own: a child's peak memory is at least what its parent holds when it starts.
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=make_random_pair, args=(folder, VOCAB, 256))
-    process.start()
-    process.join()
+    # In a process of its own, because on Linux a child's peak memory begins with its parent's.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        pool.submit(make_random_pair, folder, VOCAB, hidden=256).result()
     toy_teacher, toy_student = toy.models()
     sizes = {"toy": {"teacher": toy_teacher, "student": toy_student, "responses": 64, "max_response": 100, "steps": 13}}
     if teacher:
