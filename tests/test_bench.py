@@ -168,7 +168,7 @@ def sizes(pair, tmp_path_factory):
 
 
 def test_the_random_pair_uses_its_whole_vocabulary(sizes):
-    """Ours works on the tokens that the tokenizers know: with the toy's 44 of 151,936 it would have next to nothing to do."""
+    """Ours works on the tokens that the tokenizers know: with the toy's 42 of 151,936 it would have next to nothing to do."""
     job = sizes["random Qwen3, V 320, 4,096 tokens"]
     flags = ["--preset", "tiny", "--teacher", job["teacher"], "--student", job["student"]]
     cfg = parse(TrainConfig, flags)
