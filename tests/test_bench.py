@@ -1,5 +1,6 @@
 """python -m pytest tests/test_bench.losses      (tiny sizes; what is installed besides torch is compared too)"""
 
+import importlib.util
 import json
 import os
 import re
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import policy
 from bench import losses as bench
 from bench import step as bench_step
+from configs import TrainConfig, parse
 
 GPU_SH = Path(bench.__file__).parent / "gpu.sh"
 
@@ -151,12 +154,78 @@ def test_gpu_sh_goes_on_after_a_failure_and_takes_ten_minutes_at_most(tmp_path, 
     assert seconds[0] * 2 + seconds[1] <= 600, limits
 
 
-@pytest.mark.skipif(not Path("out/toy").exists(), reason="the toy pair is not trained: python toy.py")
-def test_a_step_runs_on_the_projects_own_functions():
-    import data
+has_trl = importlib.util.find_spec("trl") is not None
 
-    step, *_ = bench_step.our_trainer(data.load("toy", limit=2))
-    assert 0 < step() <= 200
+
+@pytest.fixture(scope="module")
+def sizes(pair, tmp_path_factory):
+    """As `bench.step trl` makes them, but with 320 tokens in the random pair's vocabulary, and short."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench_step, "VOCAB", 320)
+        patch.setattr(bench_step.toy, "models", lambda: pair)
+        sizes = bench_step.make_sizes(tmp_path_factory.mktemp("random"), *pair)
+    return {name: job | {"responses": 2, "max_response": 8, "steps": 2} for name, job in sizes.items()}
+
+
+def test_the_random_pair_uses_its_whole_vocabulary(sizes):
+    """Ours works on the tokens that the tokenizers know: with the toy's 42 of 151,936 it would have next to nothing to do."""
+    job = sizes["random Qwen3, V 320, 4,096 tokens"]
+    flags = ["--preset", "tiny", "--teacher", job["teacher"], "--student", job["student"]]
+    cfg = parse(TrainConfig, flags)
+    _, vocabulary = policy.load_tokenizer(policy.model_paths(cfg), cfg)
+    assert vocabulary.size == 320
+
+
+@pytest.mark.parametrize("size", ["--teacher, --student", "random Qwen3, V 320, 1,024 tokens"])
+@pytest.mark.parametrize(
+    "system", ["ours", pytest.param("trl", marks=pytest.mark.skipif(not has_trl, reason="no TRL"))]
+)
+def test_a_system_takes_steps_in_a_process_of_its_own(sizes, size, system):
+    result = bench_step.run_in_child(sizes[size] | {"system": system, "seed": 0})
+    assert result["tokens_per_s"] > 0 and 0.1 < result["peak_gb"] < 10
+
+
+def test_the_first_step_does_not_count_and_memory_is_the_process_peak():
+    """Steps of 100, 30 and 10 tokens in 1, 1 and 3 s, in a process that held a gigabyte for a moment."""
+    code = """
+from bench import step
+
+def steps(job):
+    len(b"x" * 10**9)
+    return [(1, 100), (1, 30), (3, 10)]
+
+step.SYSTEMS["ours"] = steps
+step.run_one({"system": "ours"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=bench_step.ROOT, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    assert result["tokens_per_s"] == 10 and 1 < result["peak_gb"] < 10
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_systems_take_turns_and_the_medians_are_compared(monkeypatch, installed):
+    jobs = []
+
+    def run(job):
+        jobs.append((job["seed"], job["size"], job["system"]))
+        slow = 1 if job["system"] == "ours" else 2
+        return {"tokens_per_s": (job["seed"] + 1) ** 3 * 1000 / slow, "peak_gb": slow * (job["seed"] + 1)}
+
+    monkeypatch.setattr(bench_step, "run_in_child", run)
+    monkeypatch.setattr(bench_step.importlib.util, "find_spec", lambda name: installed or None)
+    rows = bench_step.compare({"a": {"size": "a"}, "b": {"size": "b"}}, runs=3)
+    if installed:
+        assert jobs[:5] == [(0, "a", "ours"), (0, "a", "trl"), (0, "b", "ours"), (0, "b", "trl"), (1, "a", "ours")]
+        assert rows == [[size, "8,000", "4,000", "2.00", "2.00", "4.00", "0.50"] for size in "ab"]
+    else:
+        assert {system for _, _, system in jobs} == {"ours"}
+        assert rows[0] == ["a", "8,000", "not installed", "", "2.00", "not installed", ""]
+
+
+def test_a_teacher_needs_its_student(capsys):
+    with pytest.raises(SystemExit):
+        bench_step.main(["trl", "--teacher", "somewhere"])
+    assert "--teacher and --student go together" in capsys.readouterr().err
 
 
 def test_engines_takes_medians_of_the_later_steps(monkeypatch):
