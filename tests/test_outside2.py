@@ -182,7 +182,8 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch
     monkeypatch.setattr(plot, "draw", fail)
     monkeypatch.setattr(report, "plot_pass_at_k", fail)
     run(pair, tmp_path / "run", steps=1)
-    assert "warning: no picture: no space left\ndone. Student: " in capsys.readouterr().out
+    _, _, after = capsys.readouterr().out.partition("warning: no picture: no space left\n")
+    assert f"student   {tmp_path}/run/final" in after  # it went on to the table at its end
     options = ["--model", pair[1], "--data", "toy", "--limit", "2", "--k", "1", "--max_tokens", "5"]
     evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
     assert "samples.jsonl, every completion" in capsys.readouterr().out
