@@ -28,6 +28,7 @@ import rollout
 from common import (
     barrier,
     gather,
+    hide_progress_bars,
     init_device,
     one_line,
     outlive_terminal,
@@ -234,6 +235,7 @@ def prepare(cfg, device):
 
 def run(cfg):
     device = init_device(cfg)
+    hide_progress_bars()
     cfg, label, tokenizer, prompts, identity = prepare(cfg, device)
     say(f"{cfg.model}: {cfg.n} samples of {len(prompts)} problems, {cfg.max_tokens} tokens at most")
     say(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
