@@ -24,12 +24,12 @@ METRICS = {  # name in the lines: (title, factor, decimals)
     "pass@": ("pass@k, %", 100, 1),
     "mean@": ("mean@k, %", 100, 1),
 }
-# Named before the runs. Each is a difference, (arm, gate) minus (arm, gate), at one level of reuse.
+# Named before the runs. Each is a difference, (arm, reuse, gate) against (arm, reuse, gate).
 QUESTIONS = [
-    *[("current advantage against old, no gate", reuse, ("opd_current", "none"), ("opd_old", "none")) for reuse in REUSES],
-    *[("block gate against none", reuse, (arm, "block"), (arm, "none")) for reuse in REUSES for arm in ARMS],
-    *[("span gate against none", "light", (arm, "span"), (arm, "none")) for arm in ("opd_old", "lsm")],
-    *[("block gate against span", "light", (arm, "block"), (arm, "span")) for arm in ("opd_old", "lsm")],
+    *[("current advantage against old, no gate", ("opd_current", reuse, "none"), ("opd_old", reuse, "none")) for reuse in REUSES],
+    *[("block gate against none", (arm, reuse, "block"), (arm, reuse, "none")) for reuse in REUSES for arm in ARMS],
+    *[("span gate against none", (arm, "light", "span"), (arm, "light", "none")) for arm in ("opd_old", "lsm")],
+    *[("block gate against span", (arm, "light", "block"), (arm, "light", "span")) for arm in ("opd_old", "lsm")],
 ]  # fmt: skip
 
 # -----------------------------------------------------------------------------
@@ -65,14 +65,14 @@ def by_unit(values) -> list[float]:
     return [float(np.mean([x for (p, _), x in values.items() if p == pair])) for pair in pairs]
 
 
-def difference(lines, reuse, ours, base, metric):
+def difference(lines, ours, base, metric):
     """(units' differences, mean, low, high, p-value); NaN where there are fewer than two units. Of KLs, log-ratios.
 
-    ours, base: (arm, gate).
+    ours, base: (arm, reuse, gate).
     """
     scale = np.log if metric == "kl" else np.asarray
-    a = scores(lines, ours[0], reuse, ours[1], metric)
-    b = scores(lines, base[0], reuse, base[1], metric)
+    a = scores(lines, *ours, metric)
+    b = scores(lines, *base, metric)
     units = by_unit({cell: float(scale(a[cell]) - scale(b[cell])) for cell in a.keys() & b.keys()})
     if len(units) < 2:
         return units, np.nan, np.nan, np.nan, np.nan
@@ -123,7 +123,7 @@ def gate_table(lines, metric) -> str:
                 units = [factor * x for x in by_unit(scores(lines, arm, reuse, gate, metric))]
                 row.append(f"{np.mean(units):.{decimals}f} ({min(units):.{decimals}f} to {max(units):.{decimals}f})")
             else:
-                _, mean, low, high, _ = difference(lines, reuse, (arm, gate), (arm, "none"), metric)
+                _, mean, low, high, _ = difference(lines, (arm, reuse, gate), (arm, reuse, "none"), metric)
                 row.append(with_interval(mean, low, high, metric))
         if set(row[1:]) != {"-"}:
             body.append(row)
@@ -132,9 +132,9 @@ def gate_table(lines, metric) -> str:
 
 def question_table(lines) -> str:
     """The named questions: difference, interval, and p-value, alone and after Holm's correction, for KL and pass@k."""
-    body = [[f"{text}: {ours[0]}, {reuse} reuse"] for text, reuse, ours, _ in QUESTIONS]
+    body = [[f"{text}: {ours[0]}, {ours[1]} reuse"] for text, ours, _ in QUESTIONS]
     for metric in ("kl", "pass@"):
-        results = [difference(lines, reuse, ours, base, metric) for _, reuse, ours, base in QUESTIONS]
+        results = [difference(lines, ours, base, metric) for _, ours, base in QUESTIONS]
         answered = [i for i, result in enumerate(results) if not np.isnan(result[4])]
         corrected = dict(zip(answered, holm([results[i][4] for i in answered]), strict=True))
         for i, (_, mean, low, high, p) in enumerate(results):
@@ -144,19 +144,19 @@ def question_table(lines) -> str:
 
 
 def dose_table(lines, metric) -> str:
-    """A row for each number of epochs per rollout batch, with the rollout batches that it took: mean (range) over pairs."""
+    """A row for each number of epochs per rollout batch: the mean over pairs, and the change from one epoch."""
     columns = [(arm, gate) for gate in ("none", "block") for arm in ("opd_old", "opd_current")]
     _, factor, decimals = METRICS[metric]
     body = []
     for epochs in EPOCHS:
         row = [f"{epochs}", f"{96 // epochs}"]
         for arm, gate in columns:
-            values = [factor * x for x in scores(lines, arm, f"dose_{epochs}", gate, metric).values()]
-            row.append(
-                f"{np.mean(values):.{decimals}f} ({min(values):.{decimals}f} to {max(values):.{decimals}f})"
-                if values
-                else "-"
-            )
+            values = list(scores(lines, arm, f"dose_{epochs}", gate, metric).values())
+            text = f"{factor * np.mean(values):.{decimals}f}" if values else "-"
+            if epochs > 1:
+                _, *bounds, _ = difference(lines, (arm, f"dose_{epochs}", gate), (arm, "dose_1", gate), metric)
+                text += f"; {with_interval(*bounds, metric)}"
+            row.append(text)
         body.append(row)
     return markdown(["epochs", "rollout batches", *[f"{arm}, {gate}" for arm, gate in columns]], body)
 
@@ -185,7 +185,7 @@ def draw_effects(lines, path):
         for ax, arm in zip(row, ARMS, strict=True):
             ax.axvline(0, color="black", linewidth=0.8)
             for i, gate in enumerate(GATES[1:]):
-                units, mean, low, high, _ = difference(lines, reuse, (arm, gate), (arm, "none"), "kl")
+                units, mean, low, high, _ = difference(lines, (arm, reuse, gate), (arm, reuse, "none"), "kl")
                 ax.plot(100 * np.expm1(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
                 if not np.isnan(low):
                     color = "C0" if low * high <= 0 else "C2" if mean < 0 else "C3"

@@ -2,9 +2,11 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
+from helpers import ROOT
 
 from study import report
 from study import run as study
@@ -22,7 +24,7 @@ def test_a_difference_is_paired_by_seed_averaged_by_pair_and_has_students_interv
     base = {"7/lsm/heavy/none/0": 0.5, "7/lsm/heavy/none/1": 0.1, "8/lsm/heavy/none/0": 0.3, "9/lsm/heavy/none/0": 0.2}
     gated = {"7/lsm/heavy/block/0": 0.6, "7/lsm/heavy/block/1": 0.4, "8/lsm/heavy/block/0": 0.4}
     gated |= {"9/lsm/heavy/block/0": 0.5, "9/lsm/heavy/block/1": 9.0}  # the last has no partner
-    arguments = "heavy", ("lsm", "block"), ("lsm", "none"), "pass@"
+    arguments = ("lsm", "heavy", "block"), ("lsm", "heavy", "none"), "pass@"
     units, mean, low, high, p = report.difference(lines(base | gated), *arguments)
     assert units == pytest.approx([0.2, 0.1, 0.3]) and mean == pytest.approx(0.2)
     half = 4.303 * 0.1 / math.sqrt(3)
@@ -38,7 +40,7 @@ def test_kls_are_compared_as_ratios():
     """By hand: twice, four times and eight times the KL: the geometric mean is four times, + 300 %."""
     kls = {f"{pair}/lsm/heavy/none/0": 0.1 for pair in (7, 8, 9)}
     kls |= {f"{pair}/lsm/heavy/block/0": 0.1 * 2 ** (pair - 6) for pair in (7, 8, 9)}
-    _, mean, low, high, _ = report.difference(lines(kls), "heavy", ("lsm", "block"), ("lsm", "none"), "kl")
+    _, mean, low, high, _ = report.difference(lines(kls), ("lsm", "heavy", "block"), ("lsm", "heavy", "none"), "kl")
     assert math.exp(mean) == pytest.approx(4)
     half = 4.303 * math.log(2) / math.sqrt(3)
     assert (low, high) == (pytest.approx(math.log(4) - half, abs=1e-3), pytest.approx(math.log(4) + half, abs=1e-3))
@@ -78,7 +80,7 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     assert study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm", jobs=1, out=tmp_path)) == path
 
 
-def test_the_report_of_the_committed_cells_has_every_table_and_figure(tmp_path, capsys):
+def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     gates = {g: 0.1 * i for i, g in enumerate(report.GATES)}
     cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip
     cells |= {f"{pair}/{arm}/dose_{e}/{gate}/0": 1 / e for pair in "789" for arm in report.ARMS[:2] for e in report.EPOCHS for gate in ("none", "block")}  # fmt: skip
@@ -88,5 +90,13 @@ def test_the_report_of_the_committed_cells_has_every_table_and_figure(tmp_path, 
     study.main(["--report", str(path)])
     out = capsys.readouterr().out
     assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
-    assert "| 16 | 6 | 62 (62 to 62) |" in out
+    assert "| 16 | 6 | 62; **-94 % [-94, -94]** |" in out
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
+
+
+def test_the_committed_cells_can_be_reported(tmp_path, capsys):
+    shutil.copy(ROOT / "study" / "study.jsonl", tmp_path)
+    study.main(["--report", str(tmp_path / "study.jsonl")])
+    out = capsys.readouterr().out
+    assert "nan" not in out and out.count("current advantage against old") == 2
+    assert all((tmp_path / name).exists() for name in ("effects.png", "doses.png"))
