@@ -8,6 +8,7 @@ import importlib.machinery
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -99,9 +100,11 @@ def test_a_second_run_with_the_same_out_is_refused_and_the_first_goes_on(pair, t
     while not (out / "metrics.jsonl").exists() or not metrics(out):
         time.sleep(0.01)
     options = {"overwrite": dict(overwrite="true", lr=1.0), "resume": dict(resume="auto", steps=3)}[again]
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot finish first on a busy machine
     refused(
         flags(pair, out, **SMALL | options), f"is in use by process {first.pid} on .*: stop it, or choose another --out"
     )
+    os.kill(first.pid, signal.SIGCONT)
     assert join([first]) == 0
     assert len(metrics(out)) == 3 and json.loads((out / "config.json").read_text())["lr"] == 3e-3
 
