@@ -180,11 +180,13 @@ def noise(lines) -> str:
 def draw_effects(lines, path):
     """Each gate's difference from no gate in KL: a dot for each pair, the mean and its 95 % interval."""
     plt = pyplot()
-    figure, axes = plt.subplots(len(REUSES), len(ARMS), figsize=(10, 5), sharey=True, layout="constrained")
+    gates = [gate for gate in GATES[1:] if any(f"/{gate}/" in name for name in lines)]
+    size = (10, 2 + 0.8 * len(gates))
+    figure, axes = plt.subplots(len(REUSES), len(ARMS), figsize=size, sharey=True, layout="constrained")
     for row, reuse in zip(axes, REUSES, strict=True):
         for ax, arm in zip(row, ARMS, strict=True):
             ax.axvline(0, color="black", linewidth=0.8)
-            for i, gate in enumerate(GATES[1:]):
+            for i, gate in enumerate(gates):
                 units, mean, low, high, _ = difference(lines, (arm, reuse, gate), (arm, reuse, "none"), "kl")
                 ax.plot(100 * np.expm1(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
                 if not np.isnan(low):
@@ -192,8 +194,8 @@ def draw_effects(lines, path):
                     ax.plot([100 * np.expm1(low), 100 * np.expm1(high)], [i, i], color=color)
                     ax.plot(100 * np.expm1(mean), i, "o", color=color, markersize=5)
                     ax.set_xlim(-100, 200)
-            ax.set(title=f"{arm}, {reuse} reuse", yticks=range(len(GATES) - 1), ylim=(len(GATES) - 1.5, -0.5))
-            ax.set_yticklabels(GATES[1:])
+            ax.set(title=f"{arm}, {reuse} reuse", yticks=range(len(gates)), ylim=(len(gates) - 0.5, -0.5))
+            ax.set_yticklabels(gates)
             ax.grid(alpha=0.3, axis="x")
     for ax in axes[-1]:
         ax.set_xlabel("KL against no gate, % (left: better)")
