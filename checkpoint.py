@@ -293,7 +293,7 @@ def decimals(x) -> str:
 
 
 def check_push(cfg):
-    """OSError or ValueError, before the first step, if --push could not work: no token, no network."""
+    """ValueError, before the first step, if --push could not work: no token, no network."""
     from huggingface_hub import HfApi
 
     if cfg.push and rank() == 0:

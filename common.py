@@ -171,7 +171,6 @@ def on_all_ranks(task, *args, **kwargs):
 def one_rank_at_a_time():
     """The ranks of a node run this block one after the other. A collective."""
     turn, n_turns = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    barrier = dist.barrier if dist.is_initialized() else lambda: None
     for _ in range(turn):
         barrier()
     try:

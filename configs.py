@@ -49,7 +49,7 @@ class TrainConfig:
     teacher_url: str = arg("", "score on this vLLM server instead of with --teacher; for opd and the top-K losses", may_change=True)
     teacher_offload: bool = arg(False, "keep the teacher in host memory while it is not scoring", may_change=True)
     data: str = arg("toy", "training prompts: hub name, .jsonl or .parquet file, or toy")
-    template: str = arg("auto", "chat, think, dapo, plain, solution, raw, or a text with {question}; auto: chat if the tokenizer has a chat template, else plain")
+    template: str = arg("auto", ", ".join(TEMPLATES) + ", or a text with {question}; auto: chat if the tokenizer has a chat template, else plain")
     template_args: str = arg("{}", """JSON with the chat template's own switches, such as '{"enable_thinking": false}'""")
     max_prompt: int = arg(2048, "tokens; problems with longer prompts are left out", low=1)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python", may_change=True)
@@ -119,7 +119,7 @@ class TrainConfig:
 class EvalConfig:
     model: str = arg("", "hub name, folder, toy or toy-teacher; default: the newest out/*/final", section="model and data")
     data: str = arg("", "names or files, comma-separated; default: the paper's four, or toy for the toy's models")
-    template: str = arg("auto", "as in training: auto, chat, think, dapo, plain, solution, raw, or a text with {question}")
+    template: str = arg("auto", "as in training: " + ", ".join(TEMPLATES) + ", or a text with {question}")
     template_args: str = arg("{}", "as in training: JSON with the chat template's own switches")
     limit: int = arg(0, "at most so many problems of each set; 0: all", low=0)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python")

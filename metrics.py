@@ -211,10 +211,13 @@ def of_updates(updates, batches, epochs) -> dict:
     row |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d).items()}
     row["gate/by_position"] = by_position(g, position).tolist()
     row |= {f"loss/{name}": x.mean().item() for name, x in tokens.items()}
-    row["gap"] = (
-        all_tokens([b.logp_old - b.teacher["logq_sampled"].to(b.logp_old.device) for b in batches]).mean().item()
-    )
+    row["gap"] = all_tokens([teacher_gap(batch) for batch in batches]).mean().item()
     return row
+
+
+def teacher_gap(batch):
+    """[N] log pi_old - log q of the sampled tokens, in nats."""
+    return batch.logp_old - batch.teacher["logq_sampled"].to(batch.logp_old.device)
 
 
 def sampler_mismatch(batches, rescored, merged) -> dict:
@@ -239,7 +242,7 @@ def stop_gap(batches, stop_ids) -> dict:
     gaps = []
     for batch in batches:
         is_stop = torch.isin(batch.tokens, torch.tensor(stop_ids, dtype=torch.long, device=batch.tokens.device))
-        gaps.append((batch.teacher["logq_sampled"].to(batch.logp_old.device) - batch.logp_old)[is_stop])
+        gaps.append(-teacher_gap(batch)[is_stop])
     gap = all_tokens(gaps)
     return {"rollout/stop_gap": gap.mean().item()} if len(gap) else {}
 

@@ -140,9 +140,8 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
         if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)
     dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
-    mesh = (
-        init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
-    )  # a collective, so outside the block
+    # Making the mesh is a collective, so it stands outside the block in which the ranks take turns.
+    mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
     with one_rank_at_a_time():
         lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
@@ -262,8 +261,7 @@ def full_weights(policy):
 
     A collective: every rank must iterate over all of it.
     """
+    tied = policy.lm.all_tied_weights_keys  # {copy: source}, such as the head, whose source is the embedding
     for name, weight in policy.lm.state_dict().items():
-        if (
-            name not in policy.lm.all_tied_weights_keys
-        ):  # {copy: source}, such as the head, whose source is the embedding
+        if name not in tied:
             yield name, full_tensor(weight)

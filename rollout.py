@@ -195,7 +195,7 @@ class VLLMSampler:
         vocab,
         *,
         max_len=0,
-        memory=0.4,
+        memory=0.55,
         tp=1,
         max_num_seqs=256,
         trust=False,

@@ -109,9 +109,8 @@ def topk_loss(policy, batch, cfg):
     logp = (z - lse[:, None]).detach()
 
     # A teacher's server may return fewer than K tokens: an unfilled slot holds log-prob -inf, and an id without meaning.
-    is_filled = (
-        targets["topk_logq"] != -torch.inf
-    )  # [N, K]; NaN counts as filled: it makes the loss NaN, and update() skips
+    # NaN counts as filled: it makes the loss NaN, and update() skips.
+    is_filled = targets["topk_logq"] != -torch.inf  # [N, K]
     sampled_in_topk = (is_filled & (targets["topk_ids"] == sampled)).any(1)  # [N]
     info = {
         "outside": 1 - sampled_in_topk.float(),
