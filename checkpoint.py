@@ -24,7 +24,6 @@ from common import (
     lock_folder,
     one_line,
     rank,
-    read_jsonl,
     rng_state,
     say,
     set_rng_state,
@@ -32,7 +31,7 @@ from common import (
     world_size,
     write_file,
 )
-from configs import command_line, may_change
+from configs import may_change
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -249,47 +248,6 @@ def write_model(folder, checkpoint, lm, dtype):
     shutil.rmtree(folder, ignore_errors=True)
     tmp.rename(folder)
     fsync(folder.parent)
-
-
-def write_model_card(cfg):
-    """OUT/final/README.md, in the hub's form: what the student was made of, with its evaluation, command and commit."""
-    from huggingface_hub import ModelCardData
-
-    evaluations = [row for row in read_jsonl(Path(cfg.out) / "metrics.jsonl") if "lr" not in row]
-    table = "It was not evaluated during training."
-    if evaluations:
-        lines = ["| held-out problems | before | after |", "|---|---|---|"]
-        for name, after in evaluations[-1].items():
-            title = name.replace("interval", f"pass@{cfg.k}, 95 % interval over problems")
-            if name != "step":
-                lines.append(f"| {title} | {decimals(evaluations[0][name])} | {decimals(after)} |")
-        table = "\n".join(lines)
-    hub_names = [name for name in (cfg.student, cfg.teacher) if "/" in name and not Path(name).exists()]
-    tags = ["on-policy-distillation", "policy-drift-gating"]
-    data = ModelCardData(
-        base_model=hub_names or None, library_name="transformers", pipeline_tag="text-generation", tags=tags
-    )
-    command = command_line(cfg).split(" && ")[1]  # without the working directory
-    text = f"""---
-{data.to_yaml()}
----
-# {Path(cfg.out).name}
-
-{cfg.student}, distilled on policy from {cfg.teacher_url or cfg.teacher} on the prompts of {cfg.data}: {cfg.steps} steps of
-{cfg.prompts} x {cfg.group} responses, {cfg.epochs} epochs on each batch, loss {cfg.loss}, gate {cfg.gate}
-([arXiv 2606.24084](https://arxiv.org/abs/2606.24084)).
-
-{table}
-
-    {command}
-
-Code: commit {versions()["commit"] or "unknown"}; torch {versions()["torch"]}, transformers {versions()["transformers"]}.
-"""
-    write_file(Path(cfg.out) / "final" / "README.md", text)
-
-
-def decimals(x) -> str:
-    return " to ".join(f"{y:.3f}" for y in x) if isinstance(x, list) else f"{x:.3f}"
 
 
 def check_push(cfg):

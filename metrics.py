@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import rollout
-from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, world_size, write_file
-from configs import TOPK_LOSSES
+from common import exit_all, gather, on_all_ranks, rank, read_jsonl, say, versions, world_size, write_file
+from configs import TOPK_LOSSES, command_line
 from gating import gate_stats
 from report import format_columns, percent
 
@@ -60,7 +60,7 @@ class Logger:
                 self.tensorboard.add_scalar(name, x, row["step"])
 
     def log_trace(self, row):
-        """All ranks call it with what trace() returned; rank 0 writes its own."""
+        """All ranks call it with what plot.trace() returned; rank 0 writes its own."""
         on_all_ranks(self.write_trace, row)
 
     def write_trace(self, row):
@@ -103,7 +103,7 @@ def start_wandb(cfg, out, is_resumed):
 
 
 # -----------------------------------------------------------------------------
-# what a run prints: a table at its start, and one at its end
+# what a run says of itself: a table at its start, one at its end, and the student's model card
 
 
 def start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_out) -> str:
@@ -134,19 +134,66 @@ def start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_o
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
 
 
+def first_and_last(cfg) -> dict:
+    """{metric: (its first value, its last)} of OUT/metrics.jsonl. A metric need not be in every row."""
+    first, last = {}, {}
+    for row in read_jsonl(Path(cfg.out) / "metrics.jsonl"):
+        first = row | first
+        last |= row
+    return {name: (first[name], last[name]) for name in last}
+
+
 def end_table(cfg) -> str:
     """The first and the last value of the metrics that a run is judged by, and where its results are."""
-    rows = read_jsonl(Path(cfg.out) / "metrics.jsonl")
     body = []
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row[name] for row in rows if name in row]
+    for name, values in first_and_last(cfg).items():
         if re.fullmatch("eval/.*(pass|mean)@.*", name):
-            body.append([name, *(f"{percent(x)} %" for x in (values[0], values[-1]))])
+            body.append([name, *(f"{percent(x)} %" for x in values)])
         elif re.fullmatch("eval/.*(kl|gap)|gap|gate/drift_abs", name):
-            body.append([name, *(f"{x:.3f} nats" for x in (values[0], values[-1]))])
+            body.append([name, *(f"{x:.3f} nats" for x in values)])
     places = {"student": "final", "metrics": "metrics.jsonl", "curves": "curves.png"}
     lines = [f"{name:<10}{cfg.out}/{file}" for name, file in places.items()]
     return "\n".join(["", format_columns(["", "before", "after"], body), "", *lines])
+
+
+def write_model_card(cfg):
+    """OUT/final/README.md, in the hub's form: what the student was made of, with its evaluation, command and commit."""
+    from huggingface_hub import ModelCardData
+
+    evaluated = {name: values for name, values in first_and_last(cfg).items() if name.startswith("eval")}
+    table = "It was not evaluated during training."
+    if evaluated:
+        lines = ["| held-out problems | before | after |", "|---|---|---|"]
+        for name, (before, after) in evaluated.items():
+            title = name.replace("interval", f"pass@{cfg.k}, 95 % interval over problems")
+            lines.append(f"| {title} | {decimals(before)} | {decimals(after)} |")
+        table = "\n".join(lines)
+    hub_names = [name for name in (cfg.student, cfg.teacher) if "/" in name and not Path(name).exists()]
+    tags = ["on-policy-distillation", "policy-drift-gating"]
+    data = ModelCardData(
+        base_model=hub_names or None, library_name="transformers", pipeline_tag="text-generation", tags=tags
+    )
+    command = command_line(cfg).split(" && ")[1]  # without the working directory
+    text = f"""---
+{data.to_yaml()}
+---
+# {Path(cfg.out).name}
+
+{cfg.student}, distilled on policy from {cfg.teacher_url or cfg.teacher} on the prompts of {cfg.data}: {cfg.steps} steps of
+{cfg.prompts} x {cfg.group} responses, {cfg.epochs} epochs on each batch, loss {cfg.loss}, gate {cfg.gate}
+([arXiv 2606.24084](https://arxiv.org/abs/2606.24084)).
+
+{table}
+
+    {command}
+
+Code: commit {versions()["commit"] or "unknown"}; torch {versions()["torch"]}, transformers {versions()["transformers"]}.
+"""
+    write_file(Path(cfg.out) / "final" / "README.md", text)
+
+
+def decimals(x) -> str:
+    return " to ".join(f"{y:.3f}" for y in x) if isinstance(x, list) else f"{x:.3f}"
 
 
 class Clock:
@@ -288,74 +335,3 @@ def by_position(x, position):
     total = torch.zeros(2, 20, device=x.device)
     total.index_add_(1, (position * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
     return total[0] / total[1].clamp(min=1)
-
-
-# -----------------------------------------------------------------------------
-# --trace_every: one response, token by token
-
-
-def trace(step, updates, micro_batches, tokenizer, cfg):
-    """A row of trace.jsonl: what a step's updates saw at each token of one response. None if this rank has no response.
-
-    The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and
-    advantage are in nats. "epochs" holds what the update of each epoch saw, and how many updates had been made on this
-    step's rollouts before it. The advantage is the one that --loss opd uses; for other losses, log q - log pi_old.
-    """
-    responses = [(batch, i) for batch in micro_batches for i in range(len(batch.rollouts))]
-    if not responses:
-        return None
-    responses.sort(key=lambda response: len(response[0].rollouts[response[1]].response))
-    batch, i = responses[len(responses) // 2]
-    r = batch.rollouts[i]
-    here = batch.rows == i  # [N], True at its tokens
-    segments = batch.segments[here]
-    logp_old = batch.logp_old[here]
-    logq = batch.teacher["logq_sampled"].to(logp_old.device)[here]
-    special_ids = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    row = {
-        "step": step,
-        "prompt": tokenizer.decode(r.prompt),
-        "finish": r.finish,
-        "text": token_texts(r.response, tokenizer),
-        "special": [token in special_ids for token in r.response],
-        "segment": (segments - segments[0]).tolist(),
-        "logp_old": numbers(logp_old),
-        "logq": numbers(logq),
-        "epochs": [],
-    }
-    n_updates = 0
-    for minibatch, result, per_token in updates:
-        for other, tensors in zip(minibatch, per_token, strict=True):
-            if other is batch:
-                d = tensors["d"][here]
-                advantage = tensors["advantage"][here] if "advantage" in tensors else logq - logp_old
-                columns = {"logp": logp_old + d, "drift": d, "segment_drift": tensors["s"][here]}
-                columns |= {"gate": tensors["g"][here], "advantage": advantage}
-                row["epochs"].append({"updates": n_updates} | {name: numbers(x) for name, x in columns.items()})
-        n_updates += not result["skipped"]
-    return row
-
-
-def numbers(x):
-    """A tensor as a list that JSON can hold: None for NaN and infinity."""
-    return [round(value, 6) if math.isfinite(value) else None for value in x.tolist()]
-
-
-def token_texts(ids, tokenizer) -> list[str]:
-    """Texts of the tokens, which add up to the decoded response.
-
-    Decoded alone, a token may lose its leading space, and one with a part of a character becomes U+FFFD. So each text
-    is what the token adds to the text so far; a character that several tokens share belongs to the last of them.
-    """
-    texts = []
-    start = end = 0  # texts cover ids[:end]; those from start on are the context of the next one
-    for n in range(1, len(ids) + 1):
-        context = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        text = tokenizer.decode(ids[start:n], clean_up_tokenization_spaces=False)[len(context) :]
-        is_part = text.endswith("\ufffd") and n - end < 4  # UTF-8 characters have at most 4 bytes
-        if is_part and n < len(ids):
-            texts.append("")
-        else:
-            texts.append(text)
-            start, end = end, n
-    return texts

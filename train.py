@@ -353,7 +353,7 @@ def main(cfg):
         metrics.check_sampler(row, run.device)
         run.logger.log(row)
         if cfg.trace_every and step % cfg.trace_every == 0:
-            run.logger.log_trace(metrics.trace(done, updates, micro_batches, run.tokenizer, cfg))
+            run.logger.log_trace(plot.trace(done, updates, micro_batches, run.tokenizer, cfg))
         shown = {name: row[name] for name in ("loss", "gap", "gate/ess") if name in row} | scores
         bar.set_postfix({name: f"{x:.3g}" for name, x in shown.items()})
         if cfg.sample_every and step % cfg.sample_every == 0:
@@ -377,7 +377,7 @@ def finish(run, cfg, done):
     else:
         on_all_ranks(checkpoint.save_model, Path(cfg.out), run.policy)
         if rank() == 0:
-            checkpoint.write_model_card(cfg)
+            metrics.write_model_card(cfg)
             try_to(plot.draw, cfg.out)
             say(metrics.end_table(cfg))
             if cfg.push:

@@ -34,10 +34,21 @@ def test_hub_models_are_named_as_base_models(pair, tmp_path):
     cfg = parse(TrainConfig, ["--preset", "qwen3", "--out", str(tmp_path)])
     (tmp_path / "final").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "lr": 0.1}\n')
-    train.checkpoint.write_model_card(cfg)
+    train.metrics.write_model_card(cfg)
     card = ModelCard.load(tmp_path / "final" / "README.md")
     assert card.data.base_model == ["Qwen/Qwen3-1.7B-Base", "Thinking-Space/Qwen3-4B-Base-GRPO"]
     assert "not evaluated" in card.text
+
+
+def test_a_metric_that_the_first_evaluation_lacks_does_not_end_the_run(pair, tmp_path):
+    """--k and --eval_data may change on resume, and a value that is not finite is not written."""
+    cfg = parse(TrainConfig, flags(pair, tmp_path, **OPTIONS))
+    (tmp_path / "final").mkdir()
+    rows = [{"step": 0, "eval/pass@2": 0.25}, {"step": 2, "eval/pass@2": 0.5, "eval/kl": 0.125}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train.metrics.write_model_card(cfg)
+    text = (tmp_path / "final" / "README.md").read_text()
+    assert "| eval/pass@2 | 0.250 | 0.500 |" in text and "| eval/kl | 0.125 | 0.125 |" in text
 
 
 @pytest.fixture

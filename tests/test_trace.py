@@ -15,7 +15,6 @@ from matplotlib.image import imread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import metrics
 import plot
 import toy
 import train
@@ -42,7 +41,7 @@ def test_a_trace_holds_what_each_update_saw(scene):
             logits = student.lm(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
         logps.append(logits.log_softmax(-1).gather(1, torch.tensor(r.response)[:, None])[:, 0])
         updates.append((batches, *train.update(student, sgd, batches, cfg)))
-    row = metrics.trace(3, updates, batches, toy.tokenizer(), cfg)
+    row = plot.trace(3, updates, batches, toy.tokenizer(), cfg)
     assert row["step"] == 3 and "".join(row["text"]) == toy.tokenizer().decode(r.response)
     assert row["segment"] == [i // 4 for i in range(len(r.response))]
     torch.testing.assert_close(torch.tensor(row["logp_old"]), logps[0], rtol=1e-4, atol=1e-5)
@@ -69,7 +68,7 @@ def test_a_trace_counts_the_updates_since_sampling(scene):
     updates = [(batches, *train.update(student, sgd, batches, cfg)) for batches in (first, second, first, second)]
 
     def counts(batches):
-        return [epoch["updates"] for epoch in metrics.trace(1, updates, batches, toy.tokenizer(), cfg)["epochs"]]
+        return [epoch["updates"] for epoch in plot.trace(1, updates, batches, toy.tokenizer(), cfg)["epochs"]]
 
     assert counts(first) == [0, 2] and counts(second) == [1, 3]
     updates[1][1]["skipped"] = True
@@ -80,7 +79,7 @@ def test_the_current_advantage_is_traced(scene):
     student, _, (batches,), cfg, _ = scene(minibatches=1, advantage="current")
     sgd = torch.optim.SGD(student.parameters(), lr=0.2)
     updates = [(batches, *train.update(student, sgd, batches, cfg)) for _ in range(2)]
-    row = metrics.trace(1, updates, batches, toy.tokenizer(), cfg)
+    row = plot.trace(1, updates, batches, toy.tokenizer(), cfg)
     for epoch in row["epochs"]:
         difference = torch.tensor(row["logq"]) - torch.tensor(epoch["logp"]) - torch.tensor(epoch["advantage"])
         assert difference.abs().max() < 1e-5
@@ -133,14 +132,14 @@ def test_texts_of_tokens_add_up_to_the_response():
     tokenizer = byte_tokenizer()
     text = "x = é\n  数 ≥ 🙂"
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    texts = metrics.token_texts(ids, tokenizer)
+    texts = plot.token_texts(ids, tokenizer)
     assert texts == [*"x = ", "", "é", *"\n  ", "", "", "数", " ", "", "", "≥", " ", "", "", "", "🙂", "<eos>"]
     for cut in range(len(ids)):  # a response that was cut off in a character, or begins in one
         for part in (ids[:cut], ids[cut:]):
-            texts = metrics.token_texts(part, tokenizer)
+            texts = plot.token_texts(part, tokenizer)
             assert len(texts) == len(part) and "".join(texts) == tokenizer.decode(part)
     garbage = tokenizer("🙂")["input_ids"][:1] * 9 + tokenizer("ok")["input_ids"]  # no character ever ends
-    texts = metrics.token_texts(garbage, tokenizer)
+    texts = plot.token_texts(garbage, tokenizer)
     assert "".join(texts) == tokenizer.decode(garbage)
     assert texts[3] == "\ufffd" * 4 and texts[-1] == "k"
 
