@@ -78,7 +78,8 @@ def difference(lines, ours, base, metric):
         return units, np.nan, np.nan, np.nan, np.nan
     test = stats.ttest_1samp(units, 0)
     low, high = test.confidence_interval(0.95)
-    return units, float(np.mean(units)), low, high, test.pvalue
+    p_value = test.pvalue if np.any(units) else 1.0  # of equal results; scipy's is NaN
+    return units, float(np.mean(units)), low, high, p_value
 
 
 def holm(p_values) -> list[float]:
@@ -131,15 +132,15 @@ def gate_table(lines, metric) -> str:
 
 
 def question_table(lines) -> str:
-    """The named questions: difference, interval, and p-value, alone and after Holm's correction, for KL and pass@k."""
-    body = [[f"{text}: {ours[0]}, {ours[1]} reuse"] for text, ours, _ in QUESTIONS]
+    """The questions that the lines answer: difference, interval, p-value alone and after Holm's correction, for KL and pass@k."""
+    questions = [q for q in QUESTIONS if len(difference(lines, q[1], q[2], "kl")[0]) > 1]
+    body = [[f"{text}: {ours[0]}, {ours[1]} reuse"] for text, ours, _ in questions]
     for metric in ("kl", "pass@"):
-        results = [difference(lines, ours, base, metric) for _, ours, base in QUESTIONS]
-        answered = [i for i, result in enumerate(results) if not np.isnan(result[4])]
-        corrected = dict(zip(answered, holm([results[i][4] for i in answered]), strict=True))
-        for i, (_, mean, low, high, p) in enumerate(results):
-            body[i].append(with_interval(mean, low, high, metric))
-            body[i].append(f"{p:.3f}, {corrected[i]:.3f}" if i in corrected else "-")
+        results = [difference(lines, ours, base, metric) for _, ours, base in questions]
+        corrected = holm([p for *_, p in results])
+        for row, (_, mean, low, high, p), p_holm in zip(body, results, corrected, strict=True):
+            row.append(with_interval(mean, low, high, metric))
+            row.append(f"{p:.3f}, {p_holm:.3f}")
     return markdown(["question", "KL", "p, Holm", "pass@k, points", "p, Holm"], body)
 
 
@@ -178,23 +179,28 @@ def noise(lines) -> str:
 
 
 def draw_effects(lines, path):
-    """Each gate's difference from no gate in KL: a dot for each pair, the mean and its 95 % interval."""
+    """Each gate's difference from no gate in KL: a dot for each pair, the mean and its 95 % interval.
+
+    Of a single pair, such as that of real text, a dot is a training seed.
+    """
     plt = pyplot()
+    toy, other = split_by_pair(lines)
+    panels = [(f"{reuse} reuse", toy, reuse) for reuse in REUSES] + [("real text, heavy reuse", other, "heavy")]
+    panels = [(title, part, reuse) for title, part, reuse in panels if part]
     gates = [gate for gate in GATES[1:] if any(f"/{gate}/" in name for name in lines)]
-    size = (10, 2 + 0.8 * len(gates))
-    figure, axes = plt.subplots(len(REUSES), len(ARMS), figsize=size, sharey=True, layout="constrained")
-    for row, reuse in zip(axes, REUSES, strict=True):
+    size = (10, len(panels) * (1 + 0.4 * len(gates)))
+    figure, axes = plt.subplots(len(panels), len(ARMS), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    for row, (title, part, reuse) in zip(axes, panels, strict=True):
         for ax, arm in zip(row, ARMS, strict=True):
             ax.axvline(0, color="black", linewidth=0.8)
             for i, gate in enumerate(gates):
-                units, mean, low, high, _ = difference(lines, (arm, reuse, gate), (arm, reuse, "none"), "kl")
+                units, mean, low, high, _ = difference(part, (arm, reuse, gate), (arm, reuse, "none"), "kl")
                 ax.plot(100 * np.expm1(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
                 if not np.isnan(low):
                     color = "C0" if low * high <= 0 else "C2" if mean < 0 else "C3"
                     ax.plot([100 * np.expm1(low), 100 * np.expm1(high)], [i, i], color=color)
                     ax.plot(100 * np.expm1(mean), i, "o", color=color, markersize=5)
-                    ax.set_xlim(-100, 200)
-            ax.set(title=f"{arm}, {reuse} reuse", yticks=range(len(gates)), ylim=(len(gates) - 0.5, -0.5))
+            ax.set(title=f"{arm}, {title}", yticks=range(len(gates)), ylim=(len(gates) - 0.5, -0.5), xlim=(-100, 200))
             ax.set_yticklabels(gates)
             ax.grid(alpha=0.3, axis="x")
     for ax in axes[-1]:
@@ -227,25 +233,27 @@ def draw_doses(lines, path):
     plt.close(figure)
 
 
+def split_by_pair(lines):
+    """(the toy pairs' lines, those of any other pair)."""
+    toy = {name: line for name, line in lines.items() if name.split("/")[0].isdigit()}
+    return toy, {name: line for name, line in lines.items() if name not in toy}
+
+
 def report(path: Path):
     """Prints the tables, and writes effects.png and doses.png beside study.jsonl."""
     lines = read(path)
     print(f"{len(lines)} cells, {sum(line['seconds'] for line in lines.values()) / 3600:.1f} hours of runs")
     print("commit and hardware:", *sorted({f"{x['commit']}, {x['hardware']}" for x in lines.values()}), sep="\n  ")
-    pairs = {
-        "toy pairs": {name: line for name, line in lines.items() if name.split("/")[0].isdigit()},
-        "another pair": {name: line for name, line in lines.items() if not name.split("/")[0].isdigit()},
-    }
-    for which, part in pairs.items():
-        for metric, (title, _, _) in METRICS.items():
-            if part:
-                print(f"\n### {which}: {title}\n\n{gate_table(part, metric)}")
-    toy = pairs["toy pairs"]
-    if toy:
-        print(f"\n### the questions\n\n{question_table(toy)}")
+    toy, other = split_by_pair(lines)
+    for title, part in (("toy pairs", toy), ("another pair", other)):
+        if not part:
+            continue
+        print(f"\n### {title}: the questions\n\n{question_table(part)}")
+        for metric, (name, _, _) in METRICS.items():
+            print(f"\n### {title}: {name}\n\n{gate_table(part, metric)}")
+    if any("/dose_" in name for name in toy):
         for metric in ("kl", "pass@"):
             print(f"\n### dose-response: {METRICS[metric][0]}\n\n{dose_table(toy, metric)}")
-        print(f"\n{noise(toy)}")
-        draw_effects(toy, path.parent / "effects.png")
-    if any("/dose_" in name for name in toy):
         draw_doses(toy, path.parent / "doses.png")
+    print(f"\n{noise(toy)}")
+    draw_effects(lines, path.parent / "effects.png")

@@ -42,10 +42,10 @@ SIZES = {
     },
     "real": {
         "common": (
-            "--preset tiny --eval_problems 48 --k 1 --eval_every 9999 --save_every 0 --sample_every 0 --max_prompt 320 "
-            "--max_response 48 --prompts 4 --group 2 --minibatches 1 --topk 32 --block 16 --warmup 0 --schedule constant"
+            "--preset tiny --eval_problems 32 --k 1 --eval_every 9999 --save_every 0 --sample_every 0 --max_prompt 320 "
+            "--max_response 96 --prompts 2 --group 2 --minibatches 1 --topk 32 --block 64 --warmup 0 --schedule constant"
         ),
-        "reuse": {"heavy": "--epochs 6 --steps 12 --lr 1e-4"},
+        "reuse": {"heavy": "--epochs 6 --steps 8 --lr 1e-4"},
     },
     "paper": {
         "common": "--preset qwen3 --eval_data math500,aime24,aime25,amc23 --eval_every 9999",

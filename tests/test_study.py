@@ -84,6 +84,7 @@ def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     gates = {g: 0.1 * i for i, g in enumerate(report.GATES)}
     cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip
     cells |= {f"{pair}/{arm}/dose_{e}/{gate}/0": 1 / e for pair in "789" for arm in report.ARMS[:2] for e in report.EPOCHS for gate in ("none", "block")}  # fmt: skip
+    cells |= {f"real/{arm}/heavy/{gate}/{seed}": 0.5 + (gate == "block") * 0.1 * seed for arm in report.ARMS for gate in ("none", "block") for seed in range(3)}  # fmt: skip
     extra = {"commit": "c", "hardware": "h", "start": {"kl": 1.0, "gap": 2.0}}
     path = tmp_path / "study.jsonl"
     path.write_text("".join(json.dumps(line | extra) + "\n" for line in lines(cells).values()))
@@ -91,6 +92,9 @@ def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
     assert "| 16 | 6 | 62; **-94 % [-94, -94]** |" in out
+    toy, real = out.split("### another pair: the questions")
+    assert toy.count("block gate against none:") == 6 and real.count("block gate against none:") == 3
+    assert "| +10.0 [-14.8, 34.8] | 0.225, 0.902 |" in real  # seeds differ by 0, .1 and .2; Holm: four questions
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
 
 
