@@ -54,7 +54,7 @@ class TrainConfig:
     max_prompt: int = arg(2048, "tokens; problems with longer prompts are left out", low=1)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python", may_change=True)
 
-    gate: Literal["none", "token", "block", "span", "sequence"] = arg("block", "what one drift gate covers", section="the gate (the paper's Eq. 1)")
+    gate: Literal["none", "token", "block", "span", "sequence"] = arg("block", "the segment of a response over which drift is averaged, and one gate applies", section="the gate (the paper's Eq. 1)")
     block: int = arg(64, "tokens in a block; --gate span uses blocks where a response has no newline", low=1)
     tau: float = arg(1.0, "gate = exp(-tau |s|); 0: every gate is 1", low=0)
     stat: Literal["mean", "absmean", "rms"] = arg("mean", "a segment's drift s; the paper's is mean, which is signed")
@@ -62,7 +62,7 @@ class TrainConfig:
     span_max: int = arg(128, "tokens; longer newline spans are cut into equal parts", low=1)
 
     loss: Literal["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"] = arg("opd", "the base loss; formulas in the README", section="the loss")
-    advantage: Literal["old", "current"] = arg("old", "opd: log q - log pi_old, fixed (the paper's), or log q - log pi, at each update")
+    advantage: Literal["old", "current"] = arg("old", "opd: old is log q - log pi_old, fixed (the paper's); current is log q - log pi, recomputed at every update")
     clip_low: float = arg(0.2, "opd: the ratio is clipped at 1 - clip_low; 0: off", low=0)
     clip_high: float = arg(0.2, "opd: the ratio is clipped at 1 + clip_high; 0: off", low=0)
     dual_clip: float = arg(3.0, "opd: where the advantage A is negative, the loss is at most -dual_clip A; 0: off", low=0)
@@ -74,9 +74,9 @@ class TrainConfig:
     beta: float = arg(0.5, "jsd: beta KL(teacher||m) + (1 - beta) KL(student||m), m = beta teacher + (1 - beta) student", low=0, high=1)
 
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm on a GPU, hf on a CPU", may_change=True, section="rollouts")
-    prompts: int = arg(4, "prompts in a step, over all ranks", low=1)
-    group: int = arg(8, "responses to a prompt", low=1)
-    temperature: float = arg(1.0, "of sampling, and of every distribution in the loss")
+    prompts: int = arg(4, "prompts per step, over all ranks", low=1)
+    group: int = arg(8, "responses per prompt", low=1)
+    temperature: float = arg(1.0, "temperature of sampling, and of every distribution in the loss")
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]", high=1)
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     max_response: int = arg(16384, "tokens", low=1)
@@ -85,20 +85,20 @@ class TrainConfig:
 
     steps: int = arg(200, "rollout batches", low=1, may_change=True, section="optimisation")
     epochs: int = arg(2, "passes over each rollout batch", low=1)
-    minibatches: int = arg(1, "optimizer updates in an epoch", low=1)
-    micro_tokens: int = arg(16384, "tokens in a micro-batch, padding included", low=1, may_change=True)
+    minibatches: int = arg(1, "minibatches, and so optimizer updates, per epoch", low=1)
+    micro_tokens: int = arg(16384, "maximum number of tokens in a micro-batch, padding included", low=1, may_change=True)
     lr: float = arg(2e-6, "peak learning rate of AdamW", low=0)
     schedule: Literal["constant", "linear"] = arg("constant", "after warm-up; linear falls to lr / 10")
     warmup: int = arg(0, "steps of linear warm-up", low=0)
-    beta2: float = arg(0.999, "of AdamW, in [0, 1)", low=0)
-    weight_decay: float = arg(0.01, "of AdamW", low=0)
+    beta2: float = arg(0.999, "AdamW's beta2, in [0, 1)", low=0)
+    weight_decay: float = arg(0.01, "AdamW's weight decay", low=0)
     grad_clip: float = arg(1.0, "largest gradient norm; 0: off", low=0)
     grad_ckpt: bool = arg(False, "recompute activations in the backward pass, to save memory", may_change=True)
-    max_bad_updates: int = arg(10, "stop after so many updates in a row with a non-finite loss or gradient; 0: never", low=0, may_change=True)
+    max_bad_updates: int = arg(10, "stop after this many updates in a row with a non-finite loss or gradient; 0: never", low=0, may_change=True)
 
     eval_data: str = arg("auto", "held-out problems: names or files, comma-separated; empty: none; auto: the toy's for --data toy, else none", may_change=True, section="evaluation in the loop")
     eval_every: int = arg(50, "steps; also before the first and after the last; 0: never", low=0, may_change=True)
-    eval_problems: int = arg(0, "at most so many of each set; 0: all", low=0, may_change=True)
+    eval_problems: int = arg(0, "maximum number of problems of each set; 0: all", low=0, may_change=True)
     k: int = arg(8, "pass@k, from k responses to each problem", low=1, may_change=True)
 
     out: str = arg("", "folder of the run; default: out/PRESET", may_change=True, section="the run")
@@ -106,11 +106,11 @@ class TrainConfig:
     overwrite: bool = arg(False, "delete the run that --out holds, and start again", may_change=True)
     save_every: int = arg(50, "steps between checkpoints; 0: only the last", low=0, may_change=True)
     keep: int = arg(2, "newest checkpoints to keep", low=1, may_change=True)
-    sample_every: int = arg(10, "print a response every so many steps; 0: never", low=0, may_change=True)
-    trace_every: int = arg(0, "keep the gates of one response, token by token, every so many steps (plot.py --tokens); 0: never", low=0, may_change=True)
+    sample_every: int = arg(10, "print a response at this interval, in steps; 0: never", low=0, may_change=True)
+    trace_every: int = arg(0, "record the gates of one response, token by token, at this interval, in steps (plot.py --tokens); 0: never", low=0, may_change=True)
     push: str = arg("", "upload the final student to this repository of the Hugging Face hub", may_change=True)
     log: Literal["none", "wandb", "tensorboard"] = arg("none", "where to log besides metrics.jsonl", may_change=True)
-    seed: int = arg(0, "of everything random", low=0, high=2**63 - 1)
+    seed: int = arg(0, "seed of training and sampling (the toy models have their own: toy.py)", low=0, high=2**63 - 1)
     device: Literal["", "cpu", "cuda"] = arg("", "default: cuda if there is one", may_change=True)
     threads: int = arg(0, "CPU threads; 0: torch's choice", low=0, may_change=True)
 
@@ -121,23 +121,23 @@ class EvalConfig:
     data: str = arg("", "names or files, comma-separated; default: the paper's four, or toy for the toy's models")
     template: str = arg("auto", "as in training: " + ", ".join(TEMPLATES) + ", or a text with {question}")
     template_args: str = arg("{}", "as in training: JSON with the chat template's own switches")
-    limit: int = arg(0, "at most so many problems of each set; 0: all", low=0)
+    limit: int = arg(0, "maximum number of problems of each set; 0: all", low=0)
     trust_remote_code: bool = arg(False, "let model repositories run their own Python")
     k: int = arg(8, "pass@k", low=1)
-    n: int = arg(0, "responses to each problem, at least k; 0: k. More make pass@k more exact", low=0)
+    n: int = arg(0, "responses per problem, at least k; 0: k. More reduce the variance of pass@k", low=0)
 
-    temperature: float = arg(1.0, "of sampling", section="sampling")
+    temperature: float = arg(1.0, "temperature of sampling", section="sampling")
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]", high=1)
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     max_tokens: int = arg(16384, "tokens of a response; less if the model's context is shorter", low=1)
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "sampler; auto: vllm on a GPU, hf on a CPU")
     vllm_memory: float = arg(0.9, "share of a GPU's memory that vLLM may take, in (0, 1]", high=1)
-    batch: int = arg(1024, "responses between two writes to disk, on each rank; fewer lose less to a kill, more go faster", low=1)
-    seed: int = arg(0, "of the samples", low=0, high=2**63 - 1)
+    batch: int = arg(1024, "responses per rank between writes to disk; smaller loses less work if killed, larger is faster", low=1)
+    seed: int = arg(0, "seed of sampling", low=0, high=2**63 - 1)
     device: Literal["", "cpu", "cuda"] = arg("", "default: cuda if there is one")
     threads: int = arg(0, "CPU threads; 0: torch's choice", low=0)
 
-    out: str = arg("", "folder of the results; default: out/eval/MODEL/DATA. What it holds is not sampled again", section="results")
+    out: str = arg("", "folder of the results; default: out/eval/MODEL/DATA. Samples that it holds are reused", section="results")
     overwrite: bool = arg(False, "delete what --out holds, and start again")
     paper: bool = arg(False, "print the paper's table beside ours")
     regrade: str = arg("", "grade this samples.jsonl (or its folder) again; needs no model")
@@ -156,14 +156,13 @@ def may_change(name) -> bool:
 
 def parse(cls, argv=None):
     """The config from the command line (argv: a list, for tests). A wrong flag is one line on stderr, and exit code 2."""
-    parser = make_parser(cls)
     argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
+    defaults = preset_defaults(argv) if cls is TrainConfig else {}
+    parser = make_parser(cls, defaults)
     cfg = cls(**vars(parser.parse_args(argv)))
     if cls is TrainConfig:
-        preset = cfg.preset or default_preset(cfg.device)
-        parser.set_defaults(**PRESETS[preset], preset=preset)
-        cfg = cls(**vars(parser.parse_args(argv)))
-        cfg.out = cfg.out or f"out/{preset}"
+        cfg.preset = cfg.preset or defaults["preset"]  # where they were given as ""
+        cfg.out = cfg.out or defaults["out"]
         cfg.resume = cfg.resume.lower()
     errors = check_ranges(cfg) + (check_train(cfg) if cls is TrainConfig else check_eval(cfg))
     if errors:
@@ -171,16 +170,26 @@ def parse(cls, argv=None):
     return cfg
 
 
-def make_parser(cls):
+def preset_defaults(argv) -> dict:
+    """What the preset sets: the one that argv names, else the default for the device."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")  # "?": the real parser reports a flag without a value
+    parser.add_argument("--device", nargs="?")
+    given, _ = parser.parse_known_args(argv)
+    preset = given.preset or default_preset(given.device)
+    return PRESETS.get(preset, {}) | {"preset": preset, "out": f"out/{preset}"}
+
+
+def make_parser(cls, defaults):
+    """defaults: {field: its default, where it is not the one of cls}."""
     program = "train.py" if cls is TrainConfig else "evaluate.py"
-    usage = f"python {program} [--flag value ...]     ({program} --help: every flag)"
-    parser = argparse.ArgumentParser(program, usage, allow_abbrev=False)
+    parser = argparse.ArgumentParser(program, f"python {program} [--flag value ...]", allow_abbrev=False)
     parser.error = lambda message: (print(f"{program}: {message}", file=sys.stderr), sys.exit(2))
     section = parser
     for f in fields(cls):
         if f.metadata["section"]:
             section = parser.add_argument_group(f.metadata["section"])
-        default = [] if f.default is MISSING else f.default
+        default = defaults.get(f.name, [] if f.default is MISSING else f.default)
         options = {"default": default, "help": f.metadata["help"].replace("%", "%%")}
         if get_origin(f.type) is Literal:
             options |= {"choices": get_args(f.type), "metavar": "{" + ",".join(filter(None, get_args(f.type))) + "}"}

@@ -1,4 +1,4 @@
-"""pass@k on the paper's benchmarks, with intervals; every completion is kept, and none is sampled twice.
+"""pass@k on the paper's benchmarks, with intervals. Every completion is kept; finished ones are reused.
 
     python evaluate.py --k 8                                   # the newest trained model
     python evaluate.py --k 8 --model Qwen/Qwen3-1.7B-Base --data aime24,my.jsonl --n 32
@@ -6,11 +6,11 @@
     python evaluate.py --compare out/eval/base/toy block=out/eval/seed0/toy,out/eval/seed1/toy
     python evaluate.py --regrade out/eval/base/toy             # needs no model
 
---out then holds samples.jsonl, one row per completion; results.json, the numbers with settings and versions; and
-pass_at_k.png. If an evaluation is killed, the same command goes on where it stopped.
+Writes to --out: samples.jsonl, one row per completion; results.json, the numbers with settings and versions; and
+pass_at_k.png. If an evaluation is killed, the same command continues it.
 
-pass@k is unbiased, from n >= k samples; mean@n is pass@1. Intervals are 95 % and over problems: what other problems of
-the kind would give. In a response that was cut off by its token limit, only a boxed answer counts.
+pass@k is unbiased, from n >= k samples; mean@n is pass@1. The 95 % intervals account for the choice of problems, not of
+training seeds. In a response that was cut off by its token limit, only a boxed answer counts.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""What a run recorded, in pictures.
+"""Plots of what a run recorded.
 
     python plot.py out/tiny [out/other ...]     # writes out/tiny/curves.png and gates.png, from metrics.jsonl
     python plot.py out/tiny --tokens            # writes out/tiny/tokens.html, from trace.jsonl (train.py --trace_every)
@@ -8,6 +8,7 @@ gates.png: the mean gate by position in the response, over steps, of the first r
 tokens.html: responses as text, shaded by gate, drift or advantage. One file: the template assets/tokens.html, filled in.
 """
 
+import argparse
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 PANELS = {  # title: a regular expression for the names of the metrics in the panel
     "loss": "loss",
-    "reverse KL to the teacher, nats/token": "gap|eval/.*kl",
+    "KL to the teacher, nats/token (gap: estimate on rollouts)": "gap|eval/.*kl",
     "absolute drift since sampling, nats": "gate/(drift_abs|s_abs)",
     "gates (1: no drift)": "gate/(mean|ess|p05)",
     "share of held-out problems solved": "eval/.*(pass|mean)@.*",
@@ -183,18 +184,22 @@ def write_tokens(run) -> Path:
 # -----------------------------------------------------------------------------
 
 
-def main(argv):
-    runs = [word for word in argv if word != "--tokens"]
-    if not runs or any(not (Path(run) / "metrics.jsonl").exists() for run in runs):
-        sys.exit("usage: python plot.py RUN [RUN ...] [--tokens]      a run is a folder with a metrics.jsonl")
-    if "--tokens" not in argv:
-        return draw(*runs)
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a metrics.jsonl")
+    parser.add_argument("--tokens", action="store_true", help="write tokens.html instead of the pictures")
+    args = parser.parse_args(argv)
+    for run in args.runs:
+        if not (Path(run) / "metrics.jsonl").exists():
+            sys.exit(f"plot.py: {run} is not a run: it has no metrics.jsonl")
+    if not args.tokens:
+        return draw(*args.runs)
     try:
-        for run in runs:
+        for run in args.runs:
             print(write_tokens(run))
     except ValueError as error:
         sys.exit(f"plot.py: {error}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -1,24 +1,24 @@
-"""The embedded default: sums of six two-digit numbers, worked out line by line, and two tiny Qwen3 models.
+"""The built-in toy task: sums of six two-digit numbers, worked out line by line, and two tiny Qwen3 models.
 
     a30+b75+c69+d16+e47+f77=?          prompt
     b75+30:05,10=05                    label, operand + total so far : sum of ones, sum of tens with carry = new total
     ...                                one line for each operand after the first; totals are modulo 100
     \\boxed{14}
 
-The teacher is trained on correct sums. The student is smaller and is trained on sums in which most carries are dropped,
-so it learns to drop them, too. It still gives the correct token some probability, which is what a teacher can bring
-out: an easy case for distillation, on purpose. Both models are trained on first use and kept in out/toy/.
+The teacher is trained on correct sums. The student is smaller and is trained on sums in which 70 % of the carries are
+dropped, so it learns to drop them, too. It still gives the correct token some probability, which distillation can raise:
+the task is easy on purpose. Both models are trained on first use and kept in out/toy/.
 
     python toy.py [SEED]               trains the two models if necessary, and prints where they are
 """
 
+import argparse
 import fcntl
 import hashlib
 import json
 import math
 import multiprocessing
 import shutil
-import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -211,6 +211,8 @@ def train_missing(root: Path, recipe: dict):
 
 
 if __name__ == "__main__":
-    teacher, student = models(recipe=recipe_of(int(sys.argv[1])) if sys.argv[1:] else RECIPE)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seed", nargs="?", type=int, default=7, help="of the pair (default: 7)")
+    teacher, student = models(recipe=recipe_of(parser.parse_args().seed))
     question, answer = problems(1, HELD_OUT)[0]
     print(f"teacher: {teacher}\nstudent: {student}\na problem: {question}  answer: {answer}")

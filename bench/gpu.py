@@ -169,7 +169,9 @@ def alignment(device, tiny):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tiny", action="store_true", help="tiny models, on a CPU")
     tiny = parser.parse_args(argv).tiny
     if not tiny and not torch.cuda.is_available():

@@ -339,7 +339,7 @@ def main(argv=None):
     cuda = torch.cuda.is_available()
     tables = {"losses": losses, "scale": scale, "gates": gates}
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser("python -m bench.losses", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("what", nargs="*", help=f"{', '.join(tables)}; default: all")
     add("--N", type=int, default=16384 if cuda else 1024, help="positions")

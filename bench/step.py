@@ -226,7 +226,9 @@ def engines(runs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["trl", "engines", "one"])
     parser.add_argument("job", nargs="?", help="of `one`, a single process of `trl`: JSON")
     parser.add_argument("--runs", type=int, default=3, help="of each row")

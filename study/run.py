@@ -155,11 +155,13 @@ def run(args) -> Path:
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="tiny")
+    parser = argparse.ArgumentParser(
+        "python -m study.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=list(SIZES), default="tiny", help="the models and settings")
     parser.add_argument("--pairs", type=int, nargs="+", default=[7, 8, 9], help="pre-training seeds of the toy pairs")
     parser.add_argument("--seeds", type=int, default=2, help="training seeds of each cell")
-    parser.add_argument("--flags", default="", help="of train.py, for every cell")
+    parser.add_argument("--flags", default="", help="more flags of train.py, for every cell")
     parser.add_argument("--launch", default="python", help="what runs train.py")
     parser.add_argument("--only", default="", help="cells whose name contains this text")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")

@@ -305,6 +305,18 @@ def test_wrong_flags_are_one_line(pair, tmp_path, capsys, options, message):
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "argv, student, steps", [(["--device", "cpu"], "toy", 100), (["--preset", "qwen3"], "Qwen/Qwen3-1.7B-Base", 200)]
+)
+def test_help_shows_the_defaults_that_hold(capsys, argv, student, steps):
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, [*argv, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"hub name, folder, or toy (default: {student})" in text and f"rollout batches (default: {steps})" in text
+    cfg = parse(TrainConfig, [*argv, "--out", "", "--preset", argv[1] if "qwen3" in argv else ""])
+    assert (cfg.student, cfg.out) == (student, f"out/{cfg.preset}")
+
+
 def test_one_token_of_support_is_refused_only_where_it_says_nothing(pair, tmp_path):
     for options in (dict(loss="tail_topk"), dict(loss="rkl"), dict(loss="lsm", renormalise=False)):
         parse(TrainConfig, flags(pair, tmp_path / "a", topk=1, **options))
