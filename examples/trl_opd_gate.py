@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
-import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers.utils.versions import require_version
 
-if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-    sys.exit(f"trl is {trl.__version__}; this example needs 1.16 or newer: pip install 'trl>=1.16'")
+require_version("trl>=1.16", "pip install 'trl>=1.16'")
+import trl
 from trl.trainer.utils import add_fused_lm_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the next three are in the folder above
@@ -23,8 +23,8 @@ import data
 import toy
 from gating import gate, segment_index
 
-# To use the gate in a script of your own, copy gating.py and everything from here to main.
-# With other settings, TRL's loss would not be the paper's, or parts of it would have no gate. Dropout would read as drift.
+# To use the gate in a script of your own, copy gating.py, the imports that you need, and everything from here to main.
+# Other settings change TRL's loss or leave parts of it ungated. Dropout changes log-probs, and would count as drift.
 REQUIRED = dict(
     loss_type="dapo", importance_sampling_level="token", beta=0.0, entropy_coef=0.0, use_adaptive_entropy=False,
     top_entropy_quantile=1.0, router_aux_loss_coef=0.0, disable_dropout=True, vllm_importance_sampling_correction=False,
@@ -35,7 +35,7 @@ REQUIRED = dict(
 class OPDTrainer(trl.GRPOTrainer):
     """GRPOTrainer with the advantage log q(y) - log pi_old(y), q the teacher, and the drift gate in blocks of tokens.
 
-    args is a GRPOConfig with the settings of REQUIRED. ValueError if the gate would do nothing, or something else.
+    args is a GRPOConfig with the settings of REQUIRED. ValueError if other settings disable the gate or change it.
     """
 
     def __init__(self, model, teacher, args, tau=1.0, block=64, **options):
@@ -69,7 +69,7 @@ class OPDTrainer(trl.GRPOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:  # after the last micro-batch of an update, before clipping
             # TRL has divided by the number of tokens; Eq. 1 divides by the sum of the gates, which is known only now. (Gates
-            # normalised in each micro-batch would hide which of them has drifted: .1 to 11 % off in the gradient.)
+            # normalised in each micro-batch change the gradient by .1 to 11 %, measured with four of them.)
             share = self.current_gradient_accumulation_steps / self.args.steps_per_generation  # of the rollouts
             n_tokens = share * self._buffered_inputs[0]["num_items_in_batch"].clamp(min=1)
             mean_gate = (self.accelerator.reduce(self.gate_sum).clamp(min=1e-30) / n_tokens).item()
