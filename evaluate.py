@@ -14,6 +14,7 @@ training seeds. In a response that was cut off by its token limit, only a boxed 
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from common import (
     gather,
     hide_progress_bars,
     init_device,
+    on_all_ranks,
     one_line,
     outlive_terminal,
     rank,
@@ -125,11 +127,14 @@ def evaluate_student(run, cfg):
         jobs = [(ids, seed_for("gap", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()
+        if run.stop.requested():  # the responses are cut short, or there are none
+            return {}
         minibatches = data.make_minibatches(rollouts, cfg, 0, run.vocabulary, run.device, rank(), world_size())
         batches = [batch for minibatch in minibatches for batch in minibatch]
         with torch.no_grad():
             logp = [token_logprobs(run.policy, batch, cfg.temperature).cpu() for batch in batches]
-        logq = [targets["logq_sampled"] for targets in run.teacher.targets(batches)]
+        targets = on_all_ranks(run.teacher.targets, batches)
+        logq = [batch_targets["logq_sampled"] for batch_targets in targets]
         scores["gap"] = mean_on_all_ranks([p - q for p, q in zip(logp, logq, strict=True)])
         if isinstance(run.teacher, LocalTeacher):
             scores["kl"] = mean_on_all_ranks(run.teacher.reverse_kl(run.policy, batches))
@@ -172,13 +177,20 @@ def claim(folder: Path, identity: dict, overwrite: bool):
 
 def choose_model(name, trust_remote_code=False):
     """(folder or hub name, what to call it)."""
-    if name.count("/") > 1 and not Path(name).is_dir():
+    if Path(name).is_dir() and name:
+        name = os.path.normpath(name)  # "out/a/final/" is the same model
+        if (Path(name) / "metrics.jsonl").exists():
+            raise ValueError(
+                f"--model: {name} is a run; name its student, {name}/final, or a checkpoint, {name}/step-N"
+            )
+    elif name.count("/") > 1:
         raise ValueError(f"--model: there is no folder {name}")
     if not name:
-        finished = sorted(Path("out").glob("*/final/config.json"), key=lambda path: path.stat().st_mtime)
+        finished = [path.parent for path in Path("out").glob("*/final/config.json")]
         if not finished:
             raise ValueError("no finished run in out/: give --model, or train with python train.py")
-        name = str(finished[-1].parent)
+        # The folder's time, not the file's: config.json is a copy, with the time at which the run began.
+        name = str(max(finished, key=lambda folder: folder.stat().st_mtime))
     label = "-".join([part for part in Path(name).parts if part not in ("/", "..", "out", "final")][-2:])
     if name in ("toy", "toy-teacher"):
         import toy
@@ -256,13 +268,17 @@ def run(cfg):
     if any(gather(any(is_missing))):  # all ranks build their samplers together, or none does
         say("sampling with {}: {}".format(*rollout.choose(cfg.rollout, device.type)))
         vocab = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): there may be gaps between its ids
-        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, vocab, stop_ids_of(cfg.model, tokenizer))
+        # vLLM insists on a cache for one sequence of max_len, by default the model's whole context.
+        max_len = max(len(ids) for _, _, ids in prompts) + cfg.max_tokens
+        model = cfg.model, None, tokenizer, vocab, stop_ids_of(cfg.model, tokenizer)
+        sampler = rollout.make_sampler(cfg, *model, max_len=max_len)
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
             if is_missing[i]:
                 fresh = answer(sampler, tokenizer, jobs, grader, **sampling)
-                report.write_rows(out / f"part-{rank():03d}-{i:05d}.jsonl", fresh)
+                # What part i holds depends on all four numbers: a rerun with others must not replace it.
+                report.write_rows(out / f"part-{world_size()}-{cfg.batch}-{rank():03d}-{i:05d}.jsonl", fresh)
             bar.update(len(jobs))
     bar.close()
     barrier()

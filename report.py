@@ -144,6 +144,9 @@ def curves_by_problem(rows, k: int) -> dict:
 def curves_of_runs(runs, k: int) -> np.ndarray:
     """[R, P, n] of R runs' rows of one benchmark. The problems are sorted, so that those of other runs pair up with them."""
     runs = [curves_by_problem(rows, k) for rows in runs]
+    sizes = sorted({len(curve) for curves in runs for curve in curves.values()})
+    if len(sizes) > 1:
+        raise ValueError(f"runs of one variant have {sizes} samples of each problem; they need equally many")
     return np.array([[curves[problem] for problem in sorted(runs[0])] for curves in runs])
 
 
@@ -163,12 +166,13 @@ def metrics(rows, k: int) -> dict:
 def summary(runs, k: int) -> dict:
     """{benchmark: its metrics, "problems" (how many), and "curve", "low", "high": pass@k and interval for k = 1..n}.
 
-    runs: the rows of each run of one model or variant, to be averaged. With several benchmarks, their unweighted mean
+    runs: the rows of each run of one model or variant, to be averaged over the benchmarks that all have. With several benchmarks, their unweighted mean
     comes last.
     """
     runs = [rows_by_benchmark(rows) for rows in runs]
     entries, draws = {}, []
-    for seed, benchmark in enumerate(runs[0]):
+    common = [benchmark for benchmark in runs[0] if all(benchmark in run for run in runs)]
+    for seed, benchmark in enumerate(common):
         curves = curves_of_runs([run[benchmark] for run in runs], k).mean(0)  # [P, n]
         run_metrics = [metrics(run[benchmark], k) for run in runs]
         entry = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}

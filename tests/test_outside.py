@@ -498,7 +498,7 @@ def test_an_evaluation_can_be_finished_on_another_number_of_ranks(pair, tmp_path
     shutil.copytree(tmp_path / "one", tmp_path / "two")  # as a kill of two ranks would leave it
     (tmp_path / "two/samples.jsonl").unlink()
     for rank, row in ((0, 0), (1, 1), (0, 2)):
-        (tmp_path / f"two/part-{rank:03d}-{row // 2:05d}.jsonl").write_text(rows[row])
+        (tmp_path / f"two/part-2-1-{rank:03d}-{row // 2:05d}.jsonl").write_text(rows[row])
     evaluate.main(cfg)
     assert (tmp_path / "two/samples.jsonl").read_text() == "".join(rows) and not list(Path(cfg.out).glob("part-*"))
 

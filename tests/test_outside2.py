@@ -122,7 +122,7 @@ def test_tokens_beyond_a_gap_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
     toy.model(32, 2, seed=0).config.save_pretrained(tmp_path / "m")
     asked = []
 
-    def make_sampler(cfg, path, model, tokenizer, vocab, stops):
+    def make_sampler(cfg, path, model, tokenizer, vocab, stops, max_len):
         asked.append(vocab)
         raise ValueError("enough")
 
