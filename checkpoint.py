@@ -3,6 +3,7 @@
 OUT/config.json, OUT/model/ (the student's files but its weights), OUT/step-N/ (checkpoints), OUT/final/ (the student)
 """
 
+import io
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from common import (
     fsync,
     gather,
     lock_folder,
+    on_all_ranks,
     one_line,
     rank,
     rng_state,
@@ -63,16 +65,28 @@ def find(cfg) -> Path | None:
         if config.exists() and not cfg.overwrite:
             remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
             raise ValueError(f"{out} already holds a run: {remedies}")
+        if config.exists():
+            check_inputs_outlive(out, cfg)
         return None
     newest = latest(out)
     if cfg.resume == "true" and not newest:
-        raise ValueError(f"--resume: {out} holds no complete checkpoint")
+        raise ValueError(
+            f"--resume: {out} holds no complete checkpoint; with --resume auto the run starts from the beginning"
+        )
     saved = json.loads(config.read_text()) if config.exists() else {}
     for name, new in asdict(cfg).items():
         old = saved.get(name, new)
         if old != new and not may_change(name):
             raise ValueError(f"--resume: {out} was run with --{name} {old!r}, not {new!r}")
     return newest
+
+
+def check_inputs_outlive(out, cfg):
+    """ValueError if --overwrite would delete a model or data that this run is about to read."""
+    for flag in ("student", "teacher", "data", "eval_data"):
+        for name in getattr(cfg, flag).split(","):
+            if Path(name).exists() and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+                raise ValueError(f"--overwrite would delete --{flag} {name}: choose another --out")
 
 
 def check_data(resume_from, data_digest):
@@ -96,15 +110,26 @@ def claim(cfg):
 def claim_folder(folder, config_name, overwrite):
     """Creates and locks a folder, deletes what a killed process was writing, and returns the lock.
 
-    overwrite: deletes all the rest if the folder holds a file config_name: nothing but a run is ever deleted.
+    overwrite: deletes all the rest, too. Without a file config_name, the folder is not ours, and nothing is deleted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
-    overwrite = overwrite and (folder / config_name).exists()
-    for path in folder.iterdir():
-        if path.suffix == ".tmp" or (overwrite and path.name != ".lock"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if (folder / config_name).exists():
+        # config_name last: if this is interrupted, the folder is still known as a run.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == config_name):
+            if path.suffix == ".tmp" or (overwrite and path.name != ".lock"):
+                delete(path)
     return lock
+
+
+def delete(path):
+    """Deletes a file or folder. A folder is renamed first, so that half a checkpoint never has a checkpoint's name."""
+    if not path.is_dir():
+        path.unlink()
+    elif path.suffix == ".tmp":
+        shutil.rmtree(path)
+    else:
+        shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")))
 
 
 # -----------------------------------------------------------------------------
@@ -141,8 +166,7 @@ def save(out, step, policy, optimizer, cfg, data_digest):
     """
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
     rng_states = gather(rng_state())
-    if rank() == 0:
-        delete_all_but(out, max(cfg.keep - 1, 1))
+    on_all_ranks(delete_all_but, out, max(cfg.keep - 1, 1))
     _, _, tensors = state_dicts(policy, optimizer)
     writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
     try:
@@ -153,7 +177,9 @@ def save(out, step, policy, optimizer, cfg, data_digest):
         raise OSError(f"could not save {final}: {reason}; the checkpoints before it are whole") from None
     if rank() > 0:
         return
-    torch.save(rng_states, tmp / "rng.pt")
+    buffer = io.BytesIO()  # torch.save to a full disk would raise a RuntimeError
+    torch.save(rng_states, buffer)
+    (tmp / "rng.pt").write_bytes(buffer.getvalue())
     state = {"step": step, "data": data_digest, "config": asdict(cfg), "versions": versions()}
     write_file(tmp / "state.json", json.dumps(state, indent=1))
     fsync(tmp / "rng.pt")
@@ -165,8 +191,11 @@ def save(out, step, policy, optimizer, cfg, data_digest):
 
 
 def delete_all_but(out, n_newest):
+    """On rank 0, deletes all complete checkpoints but the newest."""
+    if rank() > 0:
+        return
     for old in complete(out)[:-n_newest]:
-        shutil.rmtree(old.rename(old.with_suffix(".tmp")))  # so that half a checkpoint never bears a checkpoint's name
+        delete(old)
 
 
 def restore(folder, policy, optimizer):
@@ -188,6 +217,7 @@ def save_model_files(out, policy, path, tokenizer):
 
     Both configs are copies of the student's own, at `path`: transformers refuses to write some that it reads.
     """
+    from transformers.dynamic_module_utils import custom_object_save
     from transformers.utils import cached_file
 
     folder = out / "model"
@@ -196,6 +226,8 @@ def save_model_files(out, policy, path, tokenizer):
     tmp = folder.with_name("model.tmp")
     policy.lm.config.save_pretrained(tmp)  # as save_model will do
     tokenizer.save_pretrained(tmp)
+    if policy.lm._auto_class:  # a model with Python code of its own (--trust_remote_code)
+        custom_object_save(policy.lm, tmp, config=policy.lm.config)
     for name in ("config.json", "generation_config.json"):
         own = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
         if own:

@@ -170,7 +170,8 @@ def on_all_ranks(task, *args, **kwargs):
 @contextmanager
 def one_rank_at_a_time():
     """The ranks of a node run this block one after the other. A collective."""
-    turn, n_turns = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    turn = int(os.environ.get("LOCAL_RANK", 0))
+    n_turns = 1 + max(gather(turn))  # over all nodes: they may have unequal numbers of ranks
     for _ in range(turn):
         barrier()
     try:

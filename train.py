@@ -281,7 +281,11 @@ def main(cfg):
 
     def evaluate_if_due(step):
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
-            row = evaluate.evaluate_student(run, cfg)
+            try:
+                row = evaluate.evaluate_student(run, cfg)
+            except SystemExit:  # as when the teacher's server is gone
+                save(step)
+                raise
             if not run.stop.requested():  # a stop cuts responses short: drop the row; a resumed run evaluates again
                 run.logger.log({"step": step, **row})
                 scores.update({name: x for name, x in row.items() if "pass@" in name})
