@@ -168,7 +168,8 @@ def write_model_card(cfg):
             title = name.replace("interval", f"pass@{cfg.k}, 95 % interval over problems")
             lines.append(f"| {title} | {decimals(before)} | {decimals(after)} |")
         table = "\n".join(lines)
-    hub_names = [name for name in (cfg.student, cfg.teacher) if "/" in name and not Path(name).exists()]
+    models = [cfg.student] if cfg.teacher_url else [cfg.student, cfg.teacher]
+    hub_names = [name for name in models if "/" in name and not Path(name).exists()]
     tags = ["on-policy-distillation", "policy-drift-gating"]
     data = ModelCardData(
         base_model=hub_names or None, library_name="transformers", pipeline_tag="text-generation", tags=tags
@@ -256,7 +257,7 @@ def of_updates(updates, batches, epochs) -> dict:
     tokens = {name: all_tokens([part[name] for part in parts]) for name in parts[0] if name != "loss"}
     g, s, d, position = (tokens.pop(name) for name in ("g", "s", "d", "position"))
     row |= {f"gate/{name}": x.item() for name, x in gate_stats(g, s, d).items()}
-    row["gate/by_position"] = by_position(g, position).tolist()
+    row["gate/by_position"] = by_position(g, position)
     row |= {f"loss/{name}": x.mean().item() for name, x in tokens.items()}
     row["gap"] = all_tokens([teacher_gap(batch) for batch in batches]).mean().item()
     return row
@@ -279,6 +280,7 @@ def sampler_mismatch(batches, rescored, merged) -> dict:
         counts = ~torch.isin(batch.tokens, torch.tensor(merged, dtype=torch.long, device=logp.device))
         differences.append((logp - batch.logp_sampler)[counts])
     off = all_tokens(differences).abs()
+    off = off[off.isfinite()]  # a student that gives NaN is reported by count_bad_updates
     if not len(off):
         return {}
     return {"rollout/out_of_step": off.mean().item(), "rollout/out_of_step_max": off.max().item()}
@@ -330,8 +332,8 @@ def all_tokens(parts):
     return torch.cat(gather(mine))
 
 
-def by_position(x, position):
-    """Means [20] of x [N] over twentieths of the responses; position [N] in (0, 1)."""
+def by_position(x, position) -> list:
+    """Means of x [N] over twentieths of the responses; None where no token is. position [N] in (0, 1)."""
     total = torch.zeros(2, 20, device=x.device)
     total.index_add_(1, (position * 20).long().clamp(max=19), torch.stack([x, torch.ones_like(x)]))
-    return total[0] / total[1].clamp(min=1)
+    return [mean if n else None for mean, n in zip((total[0] / total[1]).tolist(), total[1].tolist(), strict=True)]

@@ -16,6 +16,10 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from common import read_jsonl
+
 PANELS = {  # title: a regular expression for the names of the metrics in the panel
     "loss": "loss",
     "KL to the teacher, nats/token (gap: estimate on rollouts)": "gap|eval/.*kl",
@@ -31,7 +35,7 @@ SETTINGS = ("loss", "advantage", "topk", "gate", "block", "span_min", "span_max"
 
 
 def read(run, name="metrics.jsonl") -> list[dict]:
-    return [json.loads(line) for line in (Path(run) / name).read_text().splitlines()]
+    return read_jsonl(Path(run) / name)
 
 
 def pyplot():
@@ -84,7 +88,9 @@ def draw_gates(rows, path, title):
     plt = pyplot()
     figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
     extent = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1)  # each column is centred on its step
-    gates = list(zip(*(row["gate/by_position"] for row in rows), strict=True))  # [positions, steps]
+    gates = np.array(
+        [row["gate/by_position"] for row in rows], dtype=float
+    ).T  # [positions, steps]; NaN: no token there
     image = ax.imshow(gates, origin="lower", aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
     ax.set(title=title, xlabel="step", ylabel="position in the response (0: start, 1: end)")
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -1,6 +1,6 @@
 """Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -117,7 +117,7 @@ def load_tokenizer(paths, cfg):
             )
     if cfg.topk > vocab:
         raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
-    stops = {role: stop_ids_of(path, tokenizer) for role, path in paths.items()}
+    stops = {role: stop_ids_of(path, tokenizers[role]) for role, path in paths.items()}
     stop_ids = sorted({i for ids in stops.values() for i in ids if i < vocab})
     merged = stop_ids if cfg.merge_stops and len(stop_ids) > 1 else []
     if not merged and stops.get("teacher", stops["student"]) != stops["student"]:
@@ -205,10 +205,10 @@ def stop_ids_of(path, tokenizer) -> list[int]:
     """The stop tokens of a model's folder or hub name. Not every model comes with a generation_config.json."""
     from transformers import GenerationConfig
 
-    try:
-        return stop_ids(tokenizer, GenerationConfig.from_pretrained(path))
-    except OSError:
-        return stop_ids(tokenizer)
+    for file in ("generation_config.json", "config.json"):
+        with suppress(OSError):
+            return stop_ids(tokenizer, GenerationConfig.from_pretrained(path, config_file_name=file))
+    return stop_ids(tokenizer)
 
 
 def stop_ids(tokenizer, generation_config=None) -> list[int]:

@@ -10,12 +10,12 @@ import sys
 from pathlib import Path
 
 import torch
+import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
-from transformers.utils.versions import require_version
 
-require_version("trl>=1.16", "pip install 'trl>=1.16'")
-import trl
+if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
+    sys.exit(f"trl is {trl.__version__}; this example needs 1.16 or newer: pip install 'trl>=1.16'")
 from trl.trainer.utils import add_fused_lm_head
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the next three are in the folder above
