@@ -3,8 +3,8 @@
 Intervals. The unit is a pair of models: a difference between two cells of the same pair and training seed is averaged over
 the seeds, and Student's t over the pairs' means gives the 95 % interval and the p-value. In a balanced design that is the
 mixed model with a random effect for each pair. It covers other pairs of the same kind as well as other training seeds,
-and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed. KLs are compared on
-a log scale, as ratios: they are positive, and a collapsed run has ten times the KL of another.
+and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed. KLs are averaged and
+compared on a log scale, as geometric means and ratios: they are positive, and a collapsed run has ten times the KL of another.
 """
 
 from pathlib import Path
@@ -47,13 +47,13 @@ def score(line, metric, when="end") -> float:
     return float(np.mean(values))
 
 
-def scores(lines, arm, reuse, gate, metric) -> dict:
-    """{(pair, seed): the metric after training}."""
+def scores(lines, arm, reuse, gate, metric, when="end") -> dict:
+    """{(pair, seed): the metric after training, or before it ("start")}."""
     found = {}
     for name, line in lines.items():
         pair, *cell, seed = name.split("/")
         if cell == [arm, reuse, gate]:
-            found[pair, seed] = score(line, metric)
+            found[pair, seed] = score(line, metric, when)
     return found
 
 
@@ -65,14 +65,19 @@ def by_unit(values) -> list[float]:
     return [float(np.mean([x for (p, _), x in values.items() if p == pair])) for pair in pairs]
 
 
-def difference(lines, ours, base, metric):
+def average(values, metric) -> float:
+    """The mean; of KLs the geometric mean."""
+    return float(np.exp(np.mean(np.log(values))) if metric == "kl" else np.mean(values))
+
+
+def difference(lines, ours, base, metric, base_when="end"):
     """(units' differences, mean, low, high, p-value); NaN where there are fewer than two units. Of KLs, log-ratios.
 
-    ours, base: (arm, reuse, gate).
+    ours, base: (arm, reuse, gate). base_when "start": the difference from base's student before training.
     """
     scale = np.log if metric == "kl" else np.asarray
     a = scores(lines, *ours, metric)
-    b = scores(lines, *base, metric)
+    b = scores(lines, *base, metric, base_when)
     units = by_unit({cell: float(scale(a[cell]) - scale(b[cell])) for cell in a.keys() & b.keys()})
     if len(units) < 2:
         return units, np.nan, np.nan, np.nan, np.nan
@@ -112,54 +117,65 @@ def with_interval(mean, low, high, metric) -> str:
     return f"**{text}**" if low * high > 0 else text
 
 
+def change(lines, ours, base, metric, base_when="end") -> str:
+    _, *bounds, _ = difference(lines, ours, base, metric, base_when)
+    return with_interval(*bounds, metric)
+
+
 def gate_table(lines, metric) -> str:
-    """A row for each gate: ungated, the mean over pairs (and their range); the others as differences from it."""
+    """Three kinds of rows: ungated, the mean over pairs (and their range); its change by training; each gate's difference."""
     columns = [(arm, reuse) for reuse in REUSES for arm in ARMS if scores(lines, arm, reuse, "none", metric)]
     _, factor, decimals = METRICS[metric]
-    body = []
-    for gate in GATES:
-        row = [gate]
-        for arm, reuse in columns:
-            if gate == "none":
-                units = [factor * x for x in by_unit(scores(lines, arm, reuse, gate, metric))]
-                row.append(f"{np.mean(units):.{decimals}f} ({min(units):.{decimals}f} to {max(units):.{decimals}f})")
-            else:
-                _, mean, low, high, _ = difference(lines, (arm, reuse, gate), (arm, reuse, "none"), metric)
-                row.append(with_interval(mean, low, high, metric))
+    levels, changes = ["no gate"], ["no gate, against the untrained student"]
+    for arm, reuse in columns:
+        units = [factor * x for x in by_unit(scores(lines, arm, reuse, "none", metric))]
+        mean, low, high = average(units, metric), min(units), max(units)
+        levels.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})")
+        changes.append(change(lines, (arm, reuse, "none"), (arm, reuse, "none"), metric, "start"))
+    body = [levels, changes]
+    for gate in GATES[1:]:
+        row = [f"{gate}, against no gate"]
+        row += [change(lines, (arm, reuse, gate), (arm, reuse, "none"), metric) for arm, reuse in columns]
         if set(row[1:]) != {"-"}:
             body.append(row)
-    return markdown(["gate", *[f"{arm}, {reuse}" for arm, reuse in columns]], body)
+    return markdown(["", *[f"{arm}, {reuse}" for arm, reuse in columns]], body)
 
 
 def question_table(lines) -> str:
     """The questions that the lines answer: difference, interval, p-value alone and after Holm's correction, for KL and pass@k."""
     questions = [q for q in QUESTIONS if len(difference(lines, q[1], q[2], "kl")[0]) > 1]
-    body = [[f"{text}: {ours[0]}, {ours[1]} reuse"] for text, ours, _ in questions]
+    body = []
+    for text, ours, base in questions:
+        units = difference(lines, ours, base, "kl")[0]
+        body.append([f"{text}: {ours[0]}, {ours[1]} reuse", f"{len(units)}"])
     for metric in ("kl", "pass@"):
         results = [difference(lines, ours, base, metric) for _, ours, base in questions]
         corrected = holm([p for *_, p in results])
         for row, (_, mean, low, high, p), p_holm in zip(body, results, corrected, strict=True):
             row.append(with_interval(mean, low, high, metric))
-            row.append(f"{p:.3f}, {p_holm:.3f}")
-    return markdown(["question", "KL", "p, Holm", "pass@k, points", "p, Holm"], body)
+            row.append(f"{p:.3f} ({p_holm:.3f})")
+    return markdown(["question", "n", "KL", "p (Holm)", "pass@k, points", "p (Holm)"], body)
 
 
 def dose_table(lines, metric) -> str:
-    """A row for each number of epochs per rollout batch: the mean over pairs, and the change from one epoch."""
-    columns = [(arm, gate) for gate in ("none", "block") for arm in ("opd_old", "opd_current")]
+    """A row for each number of epochs per rollout batch: ungated levels with their change from one epoch, and comparisons."""
+    arms = ("opd_old", "opd_current")
     _, factor, decimals = METRICS[metric]
     body = []
     for epochs in EPOCHS:
+        dose = f"dose_{epochs}"
         row = [f"{epochs}", f"{96 // epochs}"]
-        for arm, gate in columns:
-            values = list(scores(lines, arm, f"dose_{epochs}", gate, metric).values())
-            text = f"{factor * np.mean(values):.{decimals}f}" if values else "-"
+        for arm in arms:
+            values = list(scores(lines, arm, dose, "none", metric).values())
+            text = f"{factor * average(values, metric):.{decimals}f}"
             if epochs > 1:
-                _, *bounds, _ = difference(lines, (arm, f"dose_{epochs}", gate), (arm, "dose_1", gate), metric)
-                text += f"; {with_interval(*bounds, metric)}"
+                text += f"; {change(lines, (arm, dose, 'none'), (arm, 'dose_1', 'none'), metric)}"
             row.append(text)
+        row.append(change(lines, ("opd_current", dose, "none"), ("opd_old", dose, "none"), metric))
+        row += [change(lines, (arm, dose, "block"), (arm, dose, "none"), metric) for arm in arms]
         body.append(row)
-    return markdown(["epochs", "rollout batches", *[f"{arm}, {gate}" for arm, gate in columns]], body)
+    comparisons = ["current against old", "block gate, opd_old", "block gate, opd_current"]
+    return markdown(["epochs", "rollout batches", *arms, *comparisons], body)
 
 
 def noise(lines) -> str:
@@ -216,16 +232,17 @@ def draw_doses(lines, path):
     batches = [96 // epochs for epochs in EPOCHS]
     for ax, metric in zip(axes, ("kl", "pass@"), strict=True):
         title, factor, _ = METRICS[metric]
+        title = title.split(";")[0].replace("pass@k", "pass@8")
         for color, arm in (("C1", "opd_old"), ("C0", "opd_current")):
             for style, marker, gate in (("-", "o", "none"), ("--", "s", "block")):
                 values = [list(scores(lines, arm, f"dose_{e}", gate, metric).values()) for e in EPOCHS]
-                means = [factor * np.mean(x) if x else np.nan for x in values]
+                means = [factor * average(x, metric) for x in values]
                 ax.plot(batches, means, style, marker=marker, color=color, label=f"{arm}, gate {gate}")
                 for x, dots in zip(batches, values, strict=True):
                     ax.plot([x] * len(dots), factor * np.array(dots), ".", color=color, alpha=0.3, markersize=4)
         ax.set_xscale("log", base=2)
         ax.set_xticks(batches, [f"{b}\n({e})" for b, e in zip(batches, EPOCHS, strict=True)])
-        ax.set(title=title.split(";")[0], xlabel="rollout batches sampled (epochs on each)")
+        ax.set(title=title, xlabel="rollout batches sampled (epochs on each)")
         ax.grid(alpha=0.3)
     axes[0].set_yscale("log")
     axes[0].legend(fontsize=8)
@@ -248,7 +265,7 @@ def report(path: Path):
     for title, part in (("toy pairs", toy), ("another pair", other)):
         if not part:
             continue
-        print(f"\n### {title}: the questions\n\n{question_table(part)}")
+        print(f"\n### {title}: the questions (n: pairs; of a single pair, training seeds)\n\n{question_table(part)}")
         for metric, (name, _, _) in METRICS.items():
             print(f"\n### {title}: {name}\n\n{gate_table(part, metric)}")
     if any("/dose_" in name for name in toy):

@@ -13,10 +13,12 @@ from study import run as study
 
 
 def lines(values):
-    """Finished cells {PAIR/ARM/REUSE/GATE/SEED: KL}."""
-    return {
-        name: {"cell": name, "end": {"kl": x, "pass@8": x, "mean@8": x}, "seconds": 1} for name, x in values.items()
-    }
+    """Finished cells {PAIR/ARM/REUSE/GATE/SEED: KL}; before training, all had half of it."""
+    found = {}
+    for name, x in values.items():
+        start, end = ({"kl": y, "gap": y, "pass@8": y, "mean@8": y} for y in (x / 2, x))
+        found[name] = {"cell": name, "start": start, "end": end, "seconds": 1}
+    return found
 
 
 def test_a_difference_is_paired_by_seed_averaged_by_pair_and_has_students_interval():
@@ -44,7 +46,10 @@ def test_kls_are_compared_as_ratios():
     assert math.exp(mean) == pytest.approx(4)
     half = 4.303 * math.log(2) / math.sqrt(3)
     assert (low, high) == (pytest.approx(math.log(4) - half, abs=1e-3), pytest.approx(math.log(4) + half, abs=1e-3))
-    assert f"+300 % [{100 * math.expm1(low):.0f}, {100 * math.expm1(high):.0f}]" in report.gate_table(lines(kls), "kl")
+    table = report.gate_table(lines(kls), "kl")
+    assert "| no gate | 100 (100 to 100) |" in table
+    assert "| no gate, against the untrained student | **+100 % [100, 100]** |" in table
+    assert f"+300 % [{100 * math.expm1(low):.0f}, {100 * math.expm1(high):.0f}]" in table
 
 
 def test_holm_by_hand():
@@ -85,16 +90,16 @@ def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip
     cells |= {f"{pair}/{arm}/dose_{e}/{gate}/0": 1 / e for pair in "789" for arm in report.ARMS[:2] for e in report.EPOCHS for gate in ("none", "block")}  # fmt: skip
     cells |= {f"real/{arm}/heavy/{gate}/{seed}": 0.5 + (gate == "block") * 0.1 * seed for arm in report.ARMS for gate in ("none", "block") for seed in range(3)}  # fmt: skip
-    extra = {"commit": "c", "hardware": "h", "start": {"kl": 1.0, "gap": 2.0}}
+    extra = {"commit": "c", "hardware": "h"}
     path = tmp_path / "study.jsonl"
     path.write_text("".join(json.dumps(line | extra) + "\n" for line in lines(cells).values()))
     study.main(["--report", str(path)])
     out = capsys.readouterr().out
     assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
     assert "| 16 | 6 | 62; **-94 % [-94, -94]** |" in out
-    toy, real = out.split("### another pair: the questions")
+    toy, real = out.split("### another pair: the questions (n: pairs; of a single pair, training seeds)")
     assert toy.count("block gate against none:") == 6 and real.count("block gate against none:") == 3
-    assert "| +10.0 [-14.8, 34.8] | 0.225, 0.902 |" in real  # seeds differ by 0, .1 and .2; Holm: four questions
+    assert "| +10.0 [-14.8, 34.8] | 0.225 (0.902) |" in real  # seeds differ by 0, .1 and .2; Holm: four questions
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
 
 
