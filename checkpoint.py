@@ -3,7 +3,6 @@
 OUT/config.json, OUT/model/ (the student's files but its weights), OUT/step-N/ (checkpoints), OUT/final/ (the student)
 """
 
-import io
 import json
 import re
 import shutil
@@ -19,20 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from common import (
-    fsync,
-    gather,
-    lock_folder,
-    on_all_ranks,
-    one_line,
-    rank,
-    rng_state,
-    say,
-    set_rng_state,
-    versions,
-    world_size,
-    write_file,
-)
+from common import fsync, gather, lock_folder, on_all_ranks, one_line, rank, say, versions, write_file
 from configs import may_change
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
@@ -165,7 +151,6 @@ def save(out, step, policy, optimizer, cfg, data_digest):
     one included, except with cfg.keep 1: the old one goes when the new one is complete.
     """
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
-    rng_states = gather(rng_state())
     on_all_ranks(delete_all_but, out, max(cfg.keep - 1, 1))
     _, _, tensors = state_dicts(policy, optimizer)
     writer = HuggingFaceStorageWriter(str(tmp), assign_files(tensors), save_distributed=True)
@@ -177,12 +162,8 @@ def save(out, step, policy, optimizer, cfg, data_digest):
         raise OSError(f"could not save {final}: {reason}; the checkpoints before it are whole") from None
     if rank() > 0:
         return
-    buffer = io.BytesIO()  # torch.save to a full disk would raise a RuntimeError
-    torch.save(rng_states, buffer)
-    (tmp / "rng.pt").write_bytes(buffer.getvalue())
     state = {"step": step, "data": data_digest, "config": asdict(cfg), "versions": versions()}
     write_file(tmp / "state.json", json.dumps(state, indent=1))
-    fsync(tmp / "rng.pt")
     fsync(tmp)
     shutil.rmtree(final, ignore_errors=True)
     tmp.rename(final)
@@ -199,13 +180,10 @@ def delete_all_but(out, n_newest):
 
 
 def restore(folder, policy, optimizer):
-    """Loads a checkpoint in place. On another number of ranks, the random states stay those of the seed."""
+    """Loads a checkpoint in place, on any number of ranks. No random state: every draw of a run has a seed of its own."""
     model, optim, tensors = state_dicts(policy, optimizer)
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))  # in place
     set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=optim, options=FLAT)
-    rng_states = torch.load(folder / "rng.pt", weights_only=True)
-    if len(rng_states) == world_size():
-        set_rng_state(rng_states[rank()])
 
 
 # -----------------------------------------------------------------------------

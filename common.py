@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import random
 import socket
 import subprocess
 import sys
@@ -16,7 +15,6 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -111,25 +109,6 @@ def hide_progress_bars():
 
     transformers.utils.logging.disable_progress_bar()
     huggingface_hub.utils.enable_progress_bars()  # which that switches off, too
-
-
-def rng_state():
-    """Of every generator of this process, in types that torch.load(weights_only=True) takes."""
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_rng_state(state):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def seed_for(*parts) -> int:

@@ -313,14 +313,14 @@ def shared_vocab(student, teacher) -> int:
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     shared = min(max(ours.values()), max(theirs.values())) + 1
-    differ = []
-    for token in ours | theirs:
-        our_id, their_id = ours.get(token, shared), theirs.get(token, shared)  # a token that one lacks may be padding
-        if our_id != their_id and min(our_id, their_id) < shared:
-            differ.append(f"{token!r} is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher")
+    our_pairs, their_pairs = ({(token, i) for token, i in vocab.items() if i < shared} for vocab in (ours, theirs))
+    differ = sorted({token for token, _ in our_pairs ^ their_pairs})
     if differ:
-        example = f"{len(differ)} tokens differ, for example {differ[0]}"
-        raise ValueError(f"teacher and student have different tokenizers: {example}")
+        token = differ[0]
+        raise ValueError(
+            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example {token!r} "
+            f"is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher"
+        )
     return shared
 
 

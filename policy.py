@@ -159,25 +159,16 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
 
 
 def shard(policy, mesh, device):
-    """FSDP2, layer by layer. It averages gradients over the ranks."""
+    """FSDP2, one decoder block at a time. It averages gradients over the ranks."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     bf16 = torch.bfloat16 if device.type == "cuda" else None
     precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
-    for layer in decoder_layers(policy.lm):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    blocks = policy.lm._no_split_modules or ()  # names of classes, such as Qwen3DecoderLayer
+    for module in reversed(list(policy.lm.modules())):  # inner modules first, as FSDP2 asks
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
-
-
-def decoder_layers(lm):
-    """The decoder's list of blocks, whatever it is called: `layers` in Llama, `h` in GPT-2. ValueError if there is none."""
-    n_layers = lm.config.get_text_config().num_hidden_layers
-    for module in lm.get_decoder().modules():
-        if isinstance(module, nn.ModuleList) and len(module) == n_layers:
-            return module
-    raise ValueError(
-        f"{type(lm).__name__} has no list of {n_layers} blocks to shard over the ranks; train it on one rank"
-    )
 
 
 @torch.no_grad()

@@ -12,14 +12,13 @@ the trainer's random state. Only rounding differs with the batch, and may decide
 import importlib.util
 import os
 import sys
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather, one_line, rank, rng_state, say, set_rng_state, world_size
+from common import gather, one_line, rank, say, world_size
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -153,16 +152,6 @@ class HFSampler:
 # vLLM
 
 
-@contextmanager
-def spared_rng():
-    """vLLM seeds the global generators of Python, NumPy and torch for itself; the trainer gets its own states back."""
-    state = rng_state()
-    try:
-        yield
-    finally:
-        set_rng_state(state)
-
-
 def vllm_device():
     """The device type that the installed vLLM runs on: "cpu", "cuda", or "" if it finds none here."""
     for name, value in VLLM_ENV.items():
@@ -226,8 +215,7 @@ class VLLMSampler:
             options |= dict(distributed_executor_backend="external_launcher")
         # On a CPU, vLLM binds threads to cores, changes their number, and makes set_num_threads do nothing.
         set_num_threads, n_threads = torch.set_num_threads, torch.get_num_threads()
-        with spared_rng():
-            self.llm = LLM(path, **options)
+        self.llm = LLM(path, **options)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(n_threads)
         # Its finaliser destroys every process group there is, the trainer's too, or fails if the trainer came first.
@@ -244,10 +232,9 @@ class VLLMSampler:
             self.llm.wake_up(["weights"])
         # Never without an iterator: vLLM would load the files again, and sample from the first student for ever.
         pairs = ((name, weight.detach().to(self.dtype)) for name, weight in weights)
-        with spared_rng():
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
-            if not self.is_cuda:
-                self.llm.collective_rpc(repack_head)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
+        if not self.is_cuda:
+            self.llm.collective_rpc(repack_head)
         if self.is_asleep:
             self.llm.wake_up(["kv_cache"])
         self.is_asleep = False
@@ -278,16 +265,15 @@ class VLLMSampler:
             logit_bias=self.banned or None, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
         engine, outputs = self.llm.llm_engine, {}  # {number of the job: its output}
-        with spared_rng():
-            for i, (prompt, seed) in enumerate(jobs):
-                engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **params))
-            while engine.has_unfinished_requests():
-                if should_stop or (self.tp == 1 and self.should_stop()):
-                    engine.abort_request([str(i) for i in range(len(jobs)) if i not in outputs])
-                    break
-                for out in engine.step():
-                    if out.finished:
-                        outputs[int(out.request_id)] = out.outputs[0]
+        for i, (prompt, seed) in enumerate(jobs):
+            engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **params))
+        while engine.has_unfinished_requests():
+            if should_stop or (self.tp == 1 and self.should_stop()):
+                engine.abort_request([str(i) for i in range(len(jobs)) if i not in outputs])
+                break
+            for out in engine.step():
+                if out.finished:
+                    outputs[int(out.request_id)] = out.outputs[0]
         rollouts = []
         for i in mine:
             prompt, out = jobs[i][0], outputs.get(i)
