@@ -15,8 +15,8 @@ Two choices that the paper leaves open:
 Ranks: every rank holds all rollouts, in the same order, and computes the same split of them into minibatches; it trains on its
 share of each. All ranks must call the following equally often, because the ranks communicate there: every forward and
 backward pass (weights are sharded), full_weights, on_all_ranks, sample_on_all_ranks, stop.requested, and the functions of
-metrics and evaluate. So a condition around such a call must be equal on every rank, as has_evaluation is. `skipped` must be
-equal, too, or the ranks' weights would differ.
+metrics and evaluate. So a condition around such a call must be equal on every rank: has_evaluation, for example, broadcasts
+rank 0's answer. `skipped` must be equal, too, or the ranks' weights would differ.
 
     python train.py                                        # a toy run on a CPU; the paper's setting on a GPU
     python train.py --gate block --block 64
