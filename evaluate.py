@@ -270,8 +270,8 @@ def run(cfg):
         vocab = max(tokenizer.get_vocab().values()) + 1  # not len(tokenizer): there may be gaps between its ids
         # vLLM insists on a cache for one sequence of max_len, by default the model's whole context.
         max_len = max(len(ids) for _, _, ids in prompts) + cfg.max_tokens
-        model = cfg.model, None, tokenizer, vocab, stop_ids_of(cfg.model, tokenizer)
-        sampler = rollout.make_sampler(cfg, *model, max_len=max_len)
+        stops = stop_ids_of(cfg.model, tokenizer)
+        sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, vocab, stops, max_len=max_len)
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
