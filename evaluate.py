@@ -175,29 +175,29 @@ def claim(folder: Path, identity: dict, overwrite: bool):
 # commands
 
 
+def newest_student() -> str:
+    """The student of the run in out/ that finished last."""
+    finished = [path.parent for path in Path("out").glob("*/final/config.json")]
+    if not finished:
+        raise ValueError("no finished run in out/: give --model, or train with python train.py")
+    # The folder's time, not the file's: config.json is a copy, with the time at which the run began.
+    return str(max(finished, key=lambda folder: folder.stat().st_mtime))
+
+
 def choose_model(name, trust_remote_code=False):
     """(folder or hub name, what to call it)."""
-    if Path(name).is_dir() and name:
-        name = os.path.normpath(name)  # "out/a/final/" is the same model
-        if (Path(name) / "metrics.jsonl").exists():
-            raise ValueError(
-                f"--model: {name} is a run; name its student, {name}/final, or a checkpoint, {name}/step-N"
-            )
-    elif name.count("/") > 1:
-        raise ValueError(f"--model: there is no folder {name}")
-    if not name:
-        finished = [path.parent for path in Path("out").glob("*/final/config.json")]
-        if not finished:
-            raise ValueError("no finished run in out/: give --model, or train with python train.py")
-        # The folder's time, not the file's: config.json is a copy, with the time at which the run began.
-        name = str(max(finished, key=lambda folder: folder.stat().st_mtime))
+    name = os.path.normpath(name or newest_student())  # out/a/final/ is out/a/final; hub names stay as they are
     label = "-".join([part for part in Path(name).parts if part not in ("/", "..", "out", "final")][-2:])
     if name in ("toy", "toy-teacher"):
         import toy
 
         teacher, student = toy.models()
-        name = str(student if name == "toy" else teacher)
-    elif (Path(name) / "state.json").exists():  # a checkpoint
+        return student if name == "toy" else teacher, label
+    if name.count("/") > 1 and not Path(name).is_dir():
+        raise ValueError(f"--model: there is no folder {name}")
+    if (Path(name) / "metrics.jsonl").exists():
+        raise ValueError(f"--model: {name} is a run; name its student, {name}/final, or a checkpoint, {name}/step-N")
+    if (Path(name) / "state.json").exists():  # a checkpoint
         if rank() == 0:
             checkpoint.export(Path(name), trust_remote_code)
         barrier()
