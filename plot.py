@@ -3,7 +3,8 @@
     python plot.py out/tiny [out/other ...]     # writes out/tiny/curves.png and gates.png, from metrics.jsonl
     python plot.py out/tiny --tokens            # writes out/tiny/tokens.html, from trace.jsonl (train.py --trace_every)
 
-curves.png: loss, teacher-student gap, drift, gates, pass@k and response length over steps, of one or more runs.
+curves.png: loss, KL to the teacher (eval/kl: exact; gap: log pi_old - log q on the sampled tokens, an estimate), drift, gates,
+pass@k and response length over steps, of one or more runs.
 gates.png: the mean gate by position in the response, over steps, of the first run.
 tokens.html: responses as text, shaded by gate, drift or advantage. One file: the template assets/tokens.html, filled in.
 """
@@ -22,7 +23,7 @@ from common import read_jsonl
 
 PANELS = {  # title: a regular expression for the names of the metrics in the panel
     "loss": "loss",
-    "KL to the teacher, nats/token (gap: estimate on rollouts)": "gap|eval/.*kl",
+    "KL to the teacher, nats/token": "gap|eval/.*kl",
     "absolute drift since sampling, nats": "gate/(drift_abs|s_abs)",
     "gates (1: no drift)": "gate/(mean|ess|p05)",
     "share of held-out problems solved": "eval/.*(pass|mean)@.*",
