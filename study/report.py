@@ -1,10 +1,11 @@
 """Tables and figures of a study.jsonl, which study.run writes. Every number is recomputed from its lines.
 
 Intervals. The unit is a pair of models: a difference between two cells of the same pair and training seed is averaged over
-the seeds, and Student's t over the pairs' means gives the 95 % interval and the p-value. In a balanced design (as many seeds for
-each pair) that is the mixed model with a random effect for each pair. It covers other pairs of the same kind as well as other training seeds,
-and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed. KLs are averaged and
-compared on a log scale, as geometric means and ratios: they are positive, and a collapsed run has ten times the KL of another.
+the seeds, and Student's t over the pairs' means gives the 95 % interval and the p-value. In a balanced design (as many seeds
+for each pair) that is the mixed model with a random effect for each pair. It covers other pairs of the same kind as well as
+other training seeds, and with three pairs it is wide (2 degrees of freedom). With a single pair, the unit is a training seed.
+KLs are averaged and compared on a log scale, as geometric means and ratios: they are positive, and a collapsed run has ten
+times the KL of another.
 """
 
 from pathlib import Path
