@@ -48,10 +48,10 @@ def find(cfg) -> Path | None:
     out = Path(cfg.out)
     config = out / "config.json"
     if cfg.resume == "false":
-        if config.exists() and not cfg.overwrite:
-            remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
-            raise ValueError(f"{out} already holds a run: {remedies}")
         if config.exists():
+            if not cfg.overwrite:
+                remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
+                raise ValueError(f"{out} already holds a run: {remedies}")
             check_inputs_outlive(out, cfg)
         return None
     newest = latest(out)
@@ -71,7 +71,7 @@ def check_inputs_outlive(out, cfg):
     """ValueError if --overwrite would delete a model or data that this run is about to read."""
     for flag in ("student", "teacher", "data", "eval_data"):
         for name in getattr(cfg, flag).split(","):
-            if Path(name).exists() and out.resolve() in (Path(name).resolve(), *Path(name).resolve().parents):
+            if Path(name).exists() and Path(name).resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete --{flag} {name}: choose another --out")
 
 
@@ -101,8 +101,9 @@ def claim_folder(folder, config_name, overwrite):
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
     if (folder / config_name).exists():
-        # config_name last: if this is interrupted, the folder is still known as a run.
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == config_name):
+        # Temporary names first, because delete() needs them; config_name last, so that the folder of an interrupted
+        # deletion is still known as a run.
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == config_name, path.suffix != ".tmp")):
             if path.suffix == ".tmp" or (overwrite and path.name != ".lock"):
                 delete(path)
     return lock

@@ -277,10 +277,10 @@ def sampler_mismatch(batches, rescored, merged) -> dict:
     logprobs = [batch.logp_old for batch in batches] if rescored is None else rescored
     differences = []
     for logp, batch in zip(logprobs, batches, strict=False):
-        counts = ~torch.isin(batch.tokens, torch.tensor(merged, dtype=torch.long, device=logp.device))
+        is_merged = torch.isin(batch.tokens, torch.tensor(merged, dtype=torch.long, device=logp.device))
+        counts = ~is_merged & logp.isfinite()  # count_bad_updates reports a trainer that gives NaN
         differences.append((logp - batch.logp_sampler)[counts])
     off = all_tokens(differences).abs()
-    off = off[off.isfinite()]  # a student that gives NaN is reported by count_bad_updates
     if not len(off):
         return {}
     return {"rollout/out_of_step": off.mean().item(), "rollout/out_of_step_max": off.max().item()}

@@ -35,10 +35,6 @@ PANELS = {  # title: a regular expression for the names of the metrics in the pa
 SETTINGS = ("loss", "advantage", "topk", "gate", "block", "span_min", "span_max", "tau", "stat", "lr", "max_response")
 
 
-def read(run, name="metrics.jsonl") -> list[dict]:
-    return read_jsonl(Path(run) / name)
-
-
 def pyplot():
     """matplotlib.pyplot without a display; imported only where a picture is drawn, because that takes a second."""
     os.environ["MPLBACKEND"] = "Agg"  # not a notebook's: without its package, matplotlib would fail to import
@@ -49,7 +45,7 @@ def pyplot():
 
 def draw(*runs) -> None:
     """Writes curves.png, and gates.png if the first run recorded gates, into the first run's folder."""
-    histories = {Path(run): read(run) for run in runs}
+    histories = {Path(run): read_jsonl(Path(run) / "metrics.jsonl") for run in runs}
     first = Path(runs[0])
     draw_curves(histories, first / "curves.png")
     rows = [row for row in histories[first] if "gate/by_position" in row]
@@ -89,9 +85,8 @@ def draw_gates(rows, path, title):
     plt = pyplot()
     figure, ax = plt.subplots(figsize=(8, 4), layout="constrained")
     extent = (rows[0]["step"] - 0.5, rows[-1]["step"] + 0.5, 0, 1)  # each column is centred on its step
-    gates = np.array(
-        [row["gate/by_position"] for row in rows], dtype=float
-    ).T  # [positions, steps]; NaN: no token there
+    # [positions, steps]; NaN where there was no token
+    gates = np.array([row["gate/by_position"] for row in rows], dtype=float).T
     image = ax.imshow(gates, origin="lower", aspect="auto", extent=extent, cmap="viridis", interpolation="nearest")
     ax.set(title=title, xlabel="step", ylabel="position in the response (0: start, 1: end)")
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -180,7 +175,7 @@ def write_tokens(run) -> Path:
     settings = {name: config[name] for name in SETTINGS}
     settings["student"] = Path(config["student"]).name  # not the whole path: the page may be passed on
     settings["teacher"] = config["teacher_url"] or Path(config["teacher"]).name
-    data = json.dumps({"run": run.resolve().name, "settings": settings, "steps": read(run, "trace.jsonl")})
+    data = json.dumps({"run": run.resolve().name, "settings": settings, "steps": read_jsonl(run / "trace.jsonl")})
     data = data.replace("<", "\\u003c")  # the same to JSON, but no text in it can end the script that holds it
     template = Path(__file__).resolve().parent / "assets" / "tokens.html"
     page = run / "tokens.html"

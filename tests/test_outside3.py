@@ -124,6 +124,16 @@ def test_an_overwrite_that_is_interrupted_leaves_no_checkpoint_to_a_new_run(pair
         train.main(parse(TrainConfig, flags(pair, tmp_path, steps=1)))
 
 
+def test_an_overwrite_clears_what_a_kill_has_left_under_a_temporary_name(pair, tmp_path):
+    """Whichever the file system lists first, final or final.tmp."""
+    run(pair, tmp_path, steps=1)
+    for name in ("final.tmp", "step-1.tmp", "model.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn").touch()
+    checkpoint.claim_folder(tmp_path, "config.json", overwrite=True).close()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
 def test_files_of_others_stay_where_they_are(tmp_path):
     (tmp_path / "thesis.tmp").write_text("my only copy")
     checkpoint.claim_folder(tmp_path, "config.json", overwrite=True).close()
@@ -151,7 +161,9 @@ def test_a_checkpoint_that_cannot_be_deleted_ends_both_ranks(pair, tmp_path):
 
 def test_a_plot_of_a_killed_run_leaves_out_its_torn_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
-    assert plot.read(tmp_path) == [{"step": 1, "loss": 0.5}]
+    assert plot.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    plot.main([str(tmp_path)])
+    assert (tmp_path / "curves.png").exists()
 
 
 # -----------------------------------------------------------------------------
@@ -289,6 +301,19 @@ def test_a_student_of_nan_is_a_bad_update_and_not_a_sampler_out_of_step(pair, tm
     monkeypatch.setattr(train, "position_loss", broken)
     with pytest.raises(SystemExit, match="2 updates in a row were not finite"):
         train.main(parse(TrainConfig, flags(pair, tmp_path, steps=9, minibatches=1, epochs=1, max_bad_updates=2)))
+
+
+def test_a_sampler_of_nan_is_out_of_step(pair, tmp_path, monkeypatch):
+    sample = rollout.HFSampler.sample
+
+    def broken(self, *args, **options):
+        rollouts = sample(self, *args, **options)
+        rollouts[0].logprobs[0] = math.nan
+        return rollouts
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", broken)
+    with pytest.raises(SystemExit, match="the sampler is out of step"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=1)))
 
 
 def test_the_sampler_gets_room_for_the_longest_sequence_only(tmp_path, monkeypatch):
