@@ -53,6 +53,11 @@ def rows_by_benchmark(rows) -> dict:
     return benchmarks
 
 
+def shared_benchmarks(runs) -> list[str]:
+    """The benchmarks that all runs have, each a dictionary of its rows by benchmark."""
+    return [benchmark for benchmark in runs[0] if all(benchmark in run for run in runs)]
+
+
 # -----------------------------------------------------------------------------
 # statistics
 
@@ -166,13 +171,12 @@ def metrics(rows, k: int) -> dict:
 def summary(runs, k: int) -> dict:
     """{benchmark: its metrics, "problems" (how many), and "curve", "low", "high": pass@k and interval for k = 1..n}.
 
-    runs: the rows of each run of one model or variant, to be averaged over the benchmarks that all have. With several benchmarks, their unweighted mean
-    comes last.
+    runs: the rows of each run of one model or variant, to be averaged on the benchmarks that all of them have. With several
+    benchmarks, their unweighted mean comes last.
     """
     runs = [rows_by_benchmark(rows) for rows in runs]
     entries, draws = {}, []
-    common = [benchmark for benchmark in runs[0] if all(benchmark in run for run in runs)]
-    for seed, benchmark in enumerate(common):
+    for seed, benchmark in enumerate(shared_benchmarks(runs)):
         curves = curves_of_runs([run[benchmark] for run in runs], k).mean(0)  # [P, n]
         run_metrics = [metrics(run[benchmark], k) for run in runs]
         entry = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}
@@ -240,7 +244,7 @@ def comparison(variants: dict, k: int) -> str:
     runs = {name: [rows_by_benchmark(rows) for rows in variant] for name, variant in variants.items()}
     all_runs = [(name, run) for name, variant in runs.items() for run in variant]
     baseline, first_run = all_runs[0]
-    benchmarks = [benchmark for benchmark in first_run if all(benchmark in run for _, run in all_runs)]
+    benchmarks = shared_benchmarks([run for _, run in all_runs])
     if not benchmarks:
         available = ", ".join(f"{name} has {' and '.join(run)}" for name, run in all_runs)
         raise ValueError(f"--compare: no benchmark in common: {available}")

@@ -42,7 +42,8 @@ def recipe_of(seed) -> dict:
     }
 
 
-RECIPE = recipe_of(7)  # the default pair
+SEED = 7  # of the default pair
+RECIPE = recipe_of(SEED)
 
 
 def problems(n: int, seed: int, operands: int = OPERANDS) -> list[tuple[str, str]]:
@@ -212,7 +213,7 @@ def train_missing(root: Path, recipe: dict):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("seed", nargs="?", type=int, default=7, help="of the pair (default: 7)")
+    parser.add_argument("seed", nargs="?", type=int, default=SEED, help=f"of the pair (default: {SEED})")
     teacher, student = models(recipe=recipe_of(parser.parse_args().seed))
     question, answer = problems(1, HELD_OUT)[0]
     print(f"teacher: {teacher}\nstudent: {student}\na problem: {question}  answer: {answer}")

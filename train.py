@@ -277,15 +277,19 @@ def main(cfg):
             on_all_ranks(checkpoint.save, Path(cfg.out), step, policy, optimizer, cfg, run.train_prompts.digest)
             run.saved = step
 
+    def save_if_it_ends(step, task, *args):
+        """task(*args). If it ends the run, as when the teacher's server is gone, the finished steps are saved first."""
+        try:
+            return task(*args)
+        except SystemExit:
+            save(step)
+            raise
+
     scores = {}  # pass@k of the newest evaluation, for the bar
 
     def evaluate_if_due(step):
         if run.held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and not run.logger.has_evaluation(step):
-            try:
-                row = evaluate.evaluate_student(run, cfg)
-            except SystemExit:  # as when the teacher's server is gone
-                save(step)
-                raise
+            row = save_if_it_ends(step, evaluate.evaluate_student, run, cfg)
             if not run.stop.requested():  # a stop cuts responses short: drop the row; a resumed run evaluates again
                 run.logger.log({"step": step, **row})
                 scores.update({name: x for name, x in row.items() if "pass@" in name})
@@ -310,11 +314,7 @@ def main(cfg):
         # ---- Teacher targets, once for all epochs. Each rank gets its share of every minibatch, in equally many micro-batches.
         minibatches = data.make_minibatches(rollouts, cfg, step, run.vocabulary, run.device, rank(), world_size())
         micro_batches = [batch for minibatch in minibatches for batch in minibatch]
-        try:
-            targets = on_all_ranks(teacher.targets, micro_batches)
-        except SystemExit:  # how on_all_ranks ends a run if a rank has failed, as when the teacher's server is gone
-            save(done)
-            raise
+        targets = save_if_it_ends(done, on_all_ranks, teacher.targets, micro_batches)
         for batch, batch_targets in zip(micro_batches, targets, strict=True):
             batch.teacher = batch_targets
         clock.lap("teacher")

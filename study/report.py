@@ -168,7 +168,7 @@ def dose_table(lines, metric) -> str:
         row = [f"{epochs}", f"{96 // epochs}"]
         for arm in arms:
             values = list(scores(lines, arm, dose, "none", metric).values())
-            text = f"{factor * average(values, metric):.{decimals}f}"
+            text = f"{factor * average(values, metric):.{decimals}f}" if values else "-"
             if epochs > 1:
                 text += f"; {change(lines, (arm, dose, 'none'), (arm, 'dose_1', 'none'), metric)}"
             row.append(text)
@@ -237,7 +237,7 @@ def draw_doses(lines, path):
         for color, arm in (("C1", "opd_old"), ("C0", "opd_current")):
             for style, marker, gate in (("-", "o", "none"), ("--", "s", "block")):
                 values = [list(scores(lines, arm, f"dose_{e}", gate, metric).values()) for e in EPOCHS]
-                means = [factor * average(x, metric) for x in values]
+                means = [factor * average(x, metric) if x else np.nan for x in values]
                 ax.plot(batches, means, style, marker=marker, color=color, label=f"{arm}, gate {gate}")
                 for x, dots in zip(batches, values, strict=True):
                     ax.plot([x] * len(dots), factor * np.array(dots), ".", color=color, alpha=0.3, markersize=4)

@@ -108,7 +108,6 @@ def test_the_committed_cells_can_be_reported(tmp_path, capsys):
     study.main(["--report", str(tmp_path / "study.jsonl")])
     out = capsys.readouterr().out
     assert "nan" not in out
-    assert (
-        out.count("current advantage against old, no gate") == 3
-    )  # of the toy at both levels of reuse, and of real text
+    # of the toy at both levels of reuse, and of real text
+    assert out.count("current advantage against old, no gate") == 3
     assert all((tmp_path / name).exists() for name in ("effects.png", "doses.png"))
