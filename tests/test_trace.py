@@ -21,7 +21,7 @@ import train
 
 
 def traced(out):
-    return plot.read(out, "trace.jsonl")
+    return plot.read_jsonl(Path(out) / "trace.jsonl")
 
 
 # -----------------------------------------------------------------------------
