@@ -27,10 +27,12 @@ from common import read_jsonl
 from study import report
 
 ARMS = {"opd_old": "--loss opd --advantage old", "opd_current": "--loss opd --advantage current", "lsm": "--loss lsm"}
+# Question 1 of the third edition: which loss bears reuse?
+LOSSES = ARMS | {name: f"--loss {name}" for name in ("fkl_topk", "tail_topk", "rkl", "fkl", "jsd")}
 # Dose-response: as many updates and the same learning rate, from fewer and fewer rollout batches.
 DOSES = {f"dose_{epochs}": f"--epochs {epochs} --steps {96 // epochs} --lr 1e-3" for epochs in (1, 2, 4, 8, 16)}
 
-SIZES = {
+TOY = {
     "tiny": {
         "common": "--preset tiny --eval_problems 128 --eval_every 9999 --save_every 0 --sample_every 0",
         "reuse": {
@@ -40,6 +42,9 @@ SIZES = {
             **DOSES,
         },
     },
+}
+SIZES = TOY | {
+    "losses": TOY["tiny"],
     "real": {
         "common": (
             "--preset tiny --eval_problems 32 --k 1 --eval_every 9999 --save_every 0 --sample_every 0 --max_prompt 320 "
@@ -64,11 +69,15 @@ def cells(size, seeds, pairs) -> dict:
                 for reuse in reuses:
                     for gate in gates:
                         for arm in arms:
-                            flags = f"{ARMS[arm]} --gate {gate} --seed {seed}"
+                            flags = f"{LOSSES[arm]} --gate {gate} --seed {seed}"
                             name = f"{pair}/{arm}/{reuse}/{gate}/{seed}"
                             found[name] = f"{SIZES[size]['common']} {SIZES[size]['reuse'][reuse]} {flags}"
 
-    if size == "tiny":
+    if size == "losses":
+        add(pairs, ("rkl", "opd_current", "lsm"), ("dose_8",), ("none",), 2)
+        add(pairs, LOSSES, ("dose_8", "dose_1", "dose_16", "dose_4", "dose_2"), ("none",), 1)
+        add(pairs, LOSSES, ("dose_8", "dose_1", "dose_16", "dose_4", "dose_2"), ("none",), 2)
+    elif size == "tiny":
         add(pairs, ARMS, ("heavy", "light"), ("none", "block"), seeds)
         add(pairs[:1], ("opd_old",), ("noise",), ("none",), 10)
         add(pairs, ("opd_old", "opd_current"), DOSES, ("none", "block"), 1)
