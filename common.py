@@ -11,8 +11,9 @@ import platform
 import socket
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager, suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import torch
@@ -33,10 +34,13 @@ def init_device(cfg) -> torch.device:
         raise ValueError("--device cuda: torch finds no CUDA device on this machine")
     if name == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # RANK counts over all nodes
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    if name == "cuda" or not is_alone:
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
+        # A single GPU is a group of one, so that it computes what several compute (policy.shard).
+        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
         # Long timeout: ranks wait for the slowest rollout. torchrun detects dead ranks.
-        dist.init_process_group(backend, timeout=timedelta(days=1))
+        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
@@ -120,6 +124,89 @@ def seed_for(*parts) -> int:
 # -----------------------------------------------------------------------------
 # errors
 
+ROOT = Path(__file__).resolve().parent
+PACKAGES = {"site-packages", "dist-packages"}
+traceback_folder = None  # where tracebacks go; None: to stderr
+
+
+def keep_tracebacks_in(folder: Path | None):
+    global traceback_folder
+    traceback_folder = folder
+
+
+def explain(error) -> str:
+    """What went wrong, in one line.
+
+    If our own code raised a ValueError, an OSError or an ImportError, its message says it all. An error that comes out of a
+    library, or of any other type, also names its type, the innermost frame and the last of ours before it, and its traceback is
+    kept: in error-RANK.log of the run's folder or, before there is one, on stderr.
+    """
+    message = one_line(error)
+    if no_attention_kernel(error):
+        message = (
+            "flash and memory-efficient attention refuse this model on this GPU (torch's warnings say why), and math attention "
+            "takes memory for [L, L] scores; use a GPU of compute capability 8.0 or more, or another model"
+        )
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_ours(frame) or is_of_package(frame)]
+    if not frames or (isinstance(error, (ValueError, OSError, ImportError)) and is_ours(frames[-1])):
+        return message
+    origin = f"{type(error).__name__} at {place(frames[-1])}"
+    our_frames = [place(frame) for frame in frames if is_ours(frame)]
+    if our_frames and not is_ours(frames[-1]):
+        origin += f", called from {our_frames[-1]}"
+    return f"{message} ({origin}; traceback {keep_traceback(error)})"
+
+
+def no_attention_kernel(error):
+    refusals = ("No available kernel", "No viable backend")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in refusals)
+
+
+def is_ours(frame):
+    return Path(frame.filename).is_relative_to(ROOT) and not is_of_package(frame)
+
+
+def is_of_package(frame):
+    """Of an installed package; what remains is Python's own library, such as pathlib, which acts for its caller."""
+    return not PACKAGES.isdisjoint(Path(frame.filename).parts)
+
+
+def place(frame):
+    """FILE:LINE, the file as seen from the project or from the folder of packages."""
+    parts = Path(frame.filename).parts
+    if is_ours(frame):
+        parts = parts[len(ROOT.parts) :]
+    else:
+        parts = parts[1 + max(i for i, part in enumerate(parts) if part in PACKAGES) :]
+    return f"{Path(*parts)}:{frame.lineno}"
+
+
+def keep_traceback(error) -> str:
+    """Writes the whole traceback; says where."""
+    text = "".join(traceback.format_exception(error))
+    if traceback_folder:
+        path = traceback_folder / f"error-{rank()}.log"
+        with suppress(OSError):  # such as a full disk, which may be the error itself
+            with path.open("a") as file:
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(sys.argv)}\n{text}\n")
+            return f"in {path}"
+    print(text, file=sys.stderr, flush=True)
+    return "above"
+
+
+@contextmanager
+def errors_in_one_line(program):
+    """Ends the process with "PROGRAM: what went wrong" on stderr, and exit code 1, if the block raises an error."""
+    keep_tracebacks_in(None)
+    try:
+        yield
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            sys.exit(f"{program}: {end.code}")
+        raise
+    except Exception as error:
+        sys.exit(f"{program}: {explain(error)}")
+
 
 def one_line(error) -> str:
     return " ".join(str(error).split()) or type(error).__name__
@@ -127,19 +214,19 @@ def one_line(error) -> str:
 
 def exit_all(message):
     """Ends the run with one line on stderr and exit code 1. Every rank must call it."""
-    sys.exit(f"train.py: {message}" if rank() == 0 else 1)
+    sys.exit(message if rank() == 0 else 1)
 
 
 def on_all_ranks(task, *args, **kwargs):
-    """task(*args, **kwargs). If it raises ValueError, OSError or ImportError on any rank, all ranks exit with the first message.
+    """task(*args, **kwargs). If it raises an error on any rank, all ranks exit with the first one, explained in one line.
 
     Without this, the ranks on which it went well would wait in their next collective for the one that died.
     """
     result = error = None
     try:
         result = task(*args, **kwargs)
-    except (ValueError, OSError, ImportError) as e:
-        error = one_line(e)
+    except Exception as e:
+        error = explain(e)
     errors = [e for e in gather(error) if e]
     if errors:
         exit_all(errors[0])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import seed_for
+from common import one_line, seed_for
 from gating import segment_lengths
 
 # name: (hub repository, configuration, split)
@@ -123,7 +123,12 @@ def read_rows(name):
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
     if suffix not in SUFFIXES:
         repository, configuration, split = HUB.get(name, (name, None, "train"))
-        return datasets.load_dataset(repository, configuration, split=split)
+        try:
+            return datasets.load_dataset(repository, configuration, split=split)
+        except (OSError, ValueError) as error:  # no such dataset or split, or no network
+            raise ValueError(
+                f"{name} is no file ({', '.join(SUFFIXES)}), and the hub says: {one_line(error)}"
+            ) from error
     if not path.is_file():
         raise ValueError(f"no such file: {name}")
     try:

@@ -15,7 +15,6 @@ training seeds. In a response that was cut off by its token limit, only a boxed 
 
 import json
 import os
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -28,11 +27,12 @@ import report
 import rollout
 from common import (
     barrier,
+    errors_in_one_line,
     gather,
     hide_progress_bars,
     init_device,
+    keep_tracebacks_in,
     on_all_ranks,
-    one_line,
     outlive_terminal,
     rank,
     say,
@@ -44,7 +44,7 @@ from common import (
 )
 from configs import BENCHMARKS, EvalConfig, parse
 from grade import Grader
-from policy import full_weights, stop_ids_of, token_logprobs
+from policy import choose_attention_kernels, full_weights, pretrained, stop_ids_of, token_logprobs
 from teacher import LocalTeacher
 
 # Flags that change no sample, so that a folder may be used again with another value.
@@ -213,8 +213,8 @@ def prepare(cfg, device):
     from transformers import AutoConfig, AutoTokenizer
 
     model, label = choose_model(cfg.model, cfg.trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
-    config = AutoConfig.from_pretrained(model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = pretrained(AutoTokenizer, model, trust_remote_code=cfg.trust_remote_code)
+    config = pretrained(AutoConfig, model, trust_remote_code=cfg.trust_remote_code)
     text_config = config.get_text_config()
     names = cfg.data
     if not names:
@@ -254,6 +254,7 @@ def run(cfg):
     out = Path(cfg.out)
     lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
     barrier()
+    keep_tracebacks_in(out)
 
     def kept_rows():
         files = [*out.glob("samples.jsonl"), *sorted(out.glob("part-*.jsonl"))]
@@ -272,6 +273,7 @@ def run(cfg):
         max_len = max(len(ids) for _, _, ids in prompts) + cfg.max_tokens
         stops = stop_ids_of(cfg.model, tokenizer)
         sampler = rollout.make_sampler(cfg, cfg.model, None, tokenizer, vocab, stops, max_len=max_len)
+        choose_attention_kernels(device)
     bar = tqdm(total=sum(map(len, parts)), unit="response", disable=rank() > 0)
     with Grader() as grader:
         for i, jobs in enumerate(parts):
@@ -323,16 +325,14 @@ def regrade(cfg):
     finish(cfg, fresh, out, folder.name, {"regraded": str(source)})
 
 
+@errors_in_one_line("evaluate.py")
 def main(cfg):
-    try:
-        if cfg.compare:
-            report.compare(cfg)
-        elif cfg.regrade:
-            regrade(cfg)
-        else:
-            run(cfg)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"evaluate.py: {one_line(error)}")
+    if cfg.compare:
+        report.compare(cfg)
+    elif cfg.regrade:
+        regrade(cfg)
+    else:
+        run(cfg)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits."""
 
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import data
-from common import exit_all, one_rank_at_a_time, say, world_size
+from common import one_line, one_rank_at_a_time, say, world_size
 from losses import head_logits
-
-# The attention kernels for CUDA: unlike torch's math attention, they do not build an [L, L] matrix for each head.
-ATTENTION_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
 
 class Policy(nn.Module):
@@ -40,31 +36,24 @@ class Policy(nn.Module):
         on_hidden must run inside forward(): only there are the head's weights whole. FSDP2 does not reshard the root module,
         to which the head belongs, after forward, so they remain whole through the backward pass.
         """
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda), no_math_attention(ids.is_cuda):
-            hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
+        hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
         out = self.lm.get_output_embeddings()
         hidden = hidden[rows, cols]  # [N, H]: only the positions that predict a response token go through the head
-        if hidden.is_cuda:  # autocast leaves the last norm's output in fp32
-            hidden = hidden.to(torch.bfloat16)
         return on_hidden(hidden, out.weight.to(hidden.dtype), out.bias)
 
 
-@contextmanager
-def no_math_attention(is_cuda):
-    """On CUDA, exits with a one-line error if only math attention could run."""
-    if not is_cuda:
-        yield
-        return
-    try:
-        with sdpa_kernel(ATTENTION_KERNELS):
-            yield
-    except RuntimeError as error:
-        if "No available kernel" not in str(error) and "No viable backend" not in str(error):
-            raise
-        exit_all(  # on every rank: they have the same model
-            "flash, cuDNN and efficient attention refuse this model on this GPU (torch's warnings say why), and math "
-            "attention takes memory for [L, L] scores; use a GPU of compute capability 8.0 or more, or another model"
-        )
+def choose_attention_kernels(device):
+    """On CUDA, decides which kernels may compute attention in this process from here on: flash and memory-efficient.
+
+    Not math attention, which builds an [L, L] matrix for each head, and not cuDNN's, which plans anew for every shape. The
+    choice must hold for all passes alike: gradient checkpointing compares what the kernels of the forward and of the backward
+    pass save. Call it after everything that may import vLLM, which changes these switches.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_flash_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.backends.cuda.enable_math_sdp(False)
 
 
 def token_logprobs(policy, batch, temperature):
@@ -95,6 +84,14 @@ def model_paths(cfg):
     return paths
 
 
+def pretrained(auto_class, path, **options):
+    """auto_class.from_pretrained(path): a config or a tokenizer. ValueError if there is no such folder or hub name, or no network."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except OSError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
 def load_tokenizer(paths, cfg):
     """(the student's tokenizer, the Vocabulary that student and teacher share).
 
@@ -103,11 +100,11 @@ def load_tokenizer(paths, cfg):
     from transformers import AutoConfig, AutoTokenizer
 
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
-    tokenizers = {role: AutoTokenizer.from_pretrained(path, **hub_options) for role, path in paths.items()}
+    tokenizers = {role: pretrained(AutoTokenizer, path, **hub_options) for role, path in paths.items()}
     tokenizer = tokenizers["student"]
     vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
     for role, path in paths.items():
-        config = AutoConfig.from_pretrained(path, **hub_options).get_text_config()
+        config = pretrained(AutoConfig, path, **hub_options).get_text_config()
         vocab = min(vocab, config.vocab_size)
         context = getattr(config, "max_position_embeddings", None)
         if context and cfg.max_prompt + cfg.max_response > context:
@@ -128,7 +125,8 @@ def load_tokenizer(paths, cfg):
 def load_policy(path, cfg, vocabulary, device, *, trainable):
     """The student (trainable): fp32 master weights, bf16 compute on CUDA. The teacher: bf16 on CUDA, fp32 on a CPU.
 
-    With several ranks, sharded over all of them. ValueError for a model whose logits are more than weight @ hidden + bias.
+    With several ranks, and with one GPU, sharded with FSDP2. ValueError for a model whose logits are more than weight @ hidden
+    + bias.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -139,7 +137,7 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
         if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)
-    dtype = torch.bfloat16 if device.type == "cuda" and not trainable else torch.float32
+    dtype = torch.float32 if trainable else compute_dtype(device)
     # Making the mesh is a collective, so it stands outside the block in which the ranks take turns.
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
@@ -159,16 +157,23 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
 
 
 def shard(policy, mesh, device):
-    """FSDP2, one decoder block at a time. It averages gradients over the ranks."""
+    """FSDP2, one decoder block at a time. It averages gradients over the ranks.
+
+    On CUDA it also casts each block's weights to bf16 for its forward and backward pass, which is why a single GPU shards, too:
+    one computes what eight compute.
+    """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    bf16 = torch.bfloat16 if device.type == "cuda" else None
-    precision = MixedPrecisionPolicy(param_dtype=bf16, reduce_dtype=torch.float32)
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
     blocks = policy.lm._no_split_modules or ()  # names of classes, such as Qwen3DecoderLayer
     for module in reversed(list(policy.lm.modules())):  # inner modules first, as FSDP2 asks
         if type(module).__name__ in blocks:
             fully_shard(module, mesh=mesh, mp_policy=precision)
     fully_shard(policy, mesh=mesh, mp_policy=precision)
+
+
+def compute_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 @torch.no_grad()

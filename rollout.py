@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import gather, one_line, rank, say, world_size
+from common import explain, gather, rank, say, world_size
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -135,10 +135,7 @@ class HFSampler:
             return torch.full((len(ids),), self.should_stop(), device=device)
 
         options = {"generation_config": config, "logits_processor": [draw], "stopping_criteria": [stop_all]}
-        # fp32 master weights on a GPU compute in bf16, as they do in the trainer
-        is_half = device.type == "cuda" and self.model.dtype == torch.float32
-        with torch.autocast(device.type, torch.bfloat16, enabled=is_half):
-            out = self.model.generate(ids, attention_mask=mask, **options)
+        out = self.model.generate(ids, attention_mask=mask, **options)
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         for prompt, row, logp in zip(prompts, out[:, width:].tolist(), logprobs, strict=True):
@@ -358,7 +355,7 @@ def start_engine(path, stops, vocab, **options):
     except Exception as error:
         if world_size() == 1:
             raise
-        print(f"error: vLLM failed on rank {rank()}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error: vLLM failed on rank {rank()}: {explain(error)}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
@@ -369,6 +366,5 @@ def token_budget(config, free_bytes=None) -> int:
     config = config.get_text_config()
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Keys and values in 4 bytes: under autocast, generate() keeps its cache in fp32.
-    bytes_per_token = 2 * 4 * config.num_hidden_layers * kv_heads * head_dim
+    bytes_per_token = 2 * 2 * config.num_hidden_layers * kv_heads * head_dim  # keys and values in bf16
     return min(1 << 17, free_bytes // 2 // bytes_per_token)

@@ -39,11 +39,31 @@ import evaluate
 import metrics
 import plot
 import rollout
-from common import hide_progress_bars, init_device, on_all_ranks, outlive_terminal, rank, say, try_to, world_size
+from common import (
+    errors_in_one_line,
+    hide_progress_bars,
+    init_device,
+    keep_tracebacks_in,
+    on_all_ranks,
+    outlive_terminal,
+    rank,
+    say,
+    try_to,
+    world_size,
+)
 from configs import TOPK_LOSSES, TrainConfig, command_line, parse
 from gating import drift, gate
 from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
-from policy import Policy, full_tensor, full_weights, load_policy, load_tokenizer, model_paths, token_logprobs
+from policy import (
+    Policy,
+    choose_attention_kernels,
+    full_tensor,
+    full_weights,
+    load_policy,
+    load_tokenizer,
+    model_paths,
+    token_logprobs,
+)
 from teacher import load_teacher
 
 # -----------------------------------------------------------------------------
@@ -245,13 +265,14 @@ def setup(cfg) -> Run:
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)
     on_all_ranks(checkpoint.check_data, resume_from, train_prompts.digest)
     lock = on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
+    keep_tracebacks_in(Path(cfg.out))
     start = checkpoint.number(resume_from) if resume_from else 0
     logger = on_all_ranks(metrics.Logger, cfg, start)
     say(metrics.start_table(cfg, start, device, tokenizer, vocabulary, train_prompts, held_out))
 
     teacher = on_all_ranks(load_teacher, cfg, paths.get("teacher"), tokenizer, vocabulary, device)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
-    adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay}
+    adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
     on_all_ranks(checkpoint.save_model_files, Path(cfg.out), policy, paths["student"], tokenizer)
     if resume_from:
@@ -262,12 +283,14 @@ def setup(cfg) -> Run:
     options = {"max_len": cfg.max_prompt + cfg.max_response, "max_num_seqs": max(64, responses), "tp": cfg.tp}
     sampler_args = cfg, paths["student"], policy.lm, tokenizer, vocabulary.size, vocabulary.stop_ids
     sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **options, should_stop=stop.requested_here)
+    choose_attention_kernels(device)  # now that vLLM, which has its own choice, is imported
     return Run(
         device, tokenizer, train_prompts, held_out, vocabulary, policy, teacher, optimizer, sampler, logger, stop, lock,
         start=start, saved=start if resume_from else None,
     )  # fmt: skip
 
 
+@errors_in_one_line("train.py")
 def main(cfg):
     run = setup(cfg)
     policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer

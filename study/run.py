@@ -41,7 +41,7 @@ TOY = {
             "noise": "--steps 1 --eval_problems 64 --k 1",  # before its first step, every seed evaluates the same student
             **DOSES,
         },
-    },
+    }
 }
 SIZES = TOY | {
     "losses": TOY["tiny"],

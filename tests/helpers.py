@@ -33,6 +33,10 @@ def flags(pair, out, **options):
     return [x for name, value in values.items() for x in (f"--{name}", str(value))]
 
 
+def parse_train(argv):
+    return parse(TrainConfig, argv)
+
+
 def run(pair, out, **options):
     train.main(parse(TrainConfig, flags(pair, out, **options)))
     return metrics(out), load_file(Path(out) / "final" / "model.safetensors")
