@@ -5,10 +5,8 @@ ids = encode(problems[0], tokenizer, "auto")       # prompt token ids; the templ
 minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of MicroBatch, for this rank
 """
 
-import csv
 import datetime
 import functools
-import gzip
 import hashlib
 import json
 import random
@@ -20,8 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import one_line, seed_for
 from gating import segment_lengths
+from support import toy
+from support.common import seed_for
+from support.errors import one_line
+from support.vocabulary import Vocabulary
 
 # name: (hub repository, configuration, split)
 HUB = {
@@ -35,7 +36,12 @@ HUB = {
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth", "reward_model")  # DAPO's is {"ground_truth": ...}
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")  # also .jsonl.gz, .json.gz and .csv.gz
+FILE_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}  # also with .gz; names as in datasets
 
 INSTRUCTION = "Please reason step by step, and put your final answer within \\boxed{}."
 # What surrounds the question in DAPO-Math-17k's messages. load() takes it off, so that training and evaluation, whose
@@ -79,8 +85,6 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
     """
     is_training = seed is not None
     if name == "toy":
-        import toy
-
         pairs = toy.problems(limit or (4096 if is_training else 256), seed if is_training else toy.HELD_OUT)
         return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
     problems, seen_prompts, row_of_id = [], set(), {}
@@ -118,48 +122,46 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
 def read_rows(name):
     """The rows of a hub dataset or a file, as dictionaries."""
     import datasets
+    import pandas
 
     path = Path(name)
     suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in SUFFIXES:
+    if suffix not in FILE_FORMATS:
         repository, configuration, split = HUB.get(name, (name, None, "train"))
         try:
             return datasets.load_dataset(repository, configuration, split=split)
         except (OSError, ValueError) as error:  # no such dataset or split, or no network
             raise ValueError(
-                f"{name} is no file ({', '.join(SUFFIXES)}), and the hub says: {one_line(error)}"
+                f"{name} is no file ({', '.join(FILE_FORMATS)}), and the hub says: {one_line(error)}"
             ) from error
     if not path.is_file():
         raise ValueError(f"no such file: {name}")
+    if path.suffix.lower() == ".jsonl":
+        return read_jsonl_rows(path)
     try:
-        return datasets.Dataset.from_parquet(name) if suffix == ".parquet" else read_text_rows(path, suffix)
+        if suffix == ".csv":  # datasets would make numbers of ids and answers: 1 of 01
+            return pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
+        return datasets.load_dataset(FILE_FORMATS[suffix], data_files=name, split="train")
     except OSError as error:
-        hint = "If that is the cache of parquet files, set HF_HOME to a folder that can be written to"
-        raise ValueError(f"{name}: {error}. {hint}") from error
-    except (ValueError, RecursionError, csv.Error, EOFError, datasets.exceptions.DatasetGenerationError) as error:
-        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {error.__cause__ or error}") from error
+        hint = "If that is the cache of datasets, set HF_HOME to a folder that can be written to"
+        raise ValueError(f"{name}: {one_line(error)}. {hint}") from error
+    except Exception as error:  # of many kinds, such as StopIteration for an empty file
+        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {one_line(error.__cause__ or error)}") from error
 
 
-def read_text_rows(path: Path, suffix: str) -> list[dict]:
-    """Rows of a .jsonl, .json or .csv file, gzipped or not. (pyarrow's reader crashes on some malformed files.)"""
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # with or without a byte order mark
-        if suffix == ".csv":
-            return list(csv.DictReader(file))
-        text = file.read()
+def read_jsonl_rows(path: Path) -> list[dict]:
+    """The rows of a .jsonl file, whose columns may be of several types, which datasets refuses."""
     rows = []
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        for number, line in enumerate(text.split("\n"), 1):
-            try:
-                if line.strip():
-                    rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"line {number}: {error}") from None
-    for row in rows:
+    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a readable jsonl file: line {number}: {one_line(error)}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"a row is {str(row)[:80]!r}; it must be an object")
+            raise ValueError(f"{path}, line {number}, is {str(row)[:80]!r}; it must be an object")
+        rows.append(row)
     return rows
 
 
@@ -198,29 +200,37 @@ def final_answer(answer):
 
 
 def encode(problem: Problem, tokenizer, template: str = "auto", template_args: str = "{}") -> list[int]:
-    """Prompt token ids. template: auto, a name in CHAT_TEMPLATES or TEXT_TEMPLATES, or a text with {question}.
+    """Prompt token ids. template_args: JSON for the chat template's own switches.
 
-    auto is chat if the tokenizer has a chat template, else plain. A prompt of messages passes through the chat template
-    as it is; templates that are texts take the text of all messages. template_args: JSON for the chat template's own
-    switches. ValueError if the chat template refuses the messages, or there is none.
+    ValueError if the chat template refuses the messages, or there is none.
     """
-    if template == "auto":
-        template = "chat" if tokenizer.chat_template else "plain"
-    if template in CHAT_TEMPLATES:
-        messages = problem.prompt
-        if isinstance(messages, str):
-            messages = [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", messages)}]
-        return apply_chat_template(problem.id, messages, tokenizer, json.loads(template_args))
-    question = problem.prompt
-    if not isinstance(question, str):
-        question = "\n\n".join(message["content"] for message in question)
-    pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
-    text = pattern.replace("{question}", question)
-    ids = tokenizer(text)["input_ids"]
-    if ids[-1:] == [getattr(tokenizer, "eos_token_id", None)] and not text.endswith(tokenizer.eos_token):
+    prompt = prompt_of(problem, tokenizer, template)
+    if isinstance(prompt, list):
+        return apply_chat_template(problem.id, prompt, tokenizer, json.loads(template_args))
+    ids = tokenizer(prompt)["input_ids"]
+    if ids[-1:] == [getattr(tokenizer, "eos_token_id", None)] and not prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers end every text with EOS, as for training; nothing would be left to answer
     has_two_bos = len(ids) > 1 and ids[0] == ids[1] == getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if has_two_bos else ids  # the template's text began with BOS, and the tokenizer added another
+
+
+def prompt_of(problem: Problem, tokenizer, template: str = "auto") -> str | list[dict]:
+    """The text of a prompt, or its messages. template: auto, a name in CHAT_TEMPLATES or TEXT_TEMPLATES, or a text with {question}.
+
+    auto is chat if the tokenizer has a chat template, else plain. A question of messages passes through the chat template as it
+    is; templates that are texts take the text of all messages.
+    """
+    if template == "auto":
+        template = "chat" if tokenizer.chat_template else "plain"
+    question = problem.prompt
+    if template in CHAT_TEMPLATES:
+        if isinstance(question, list):
+            return question
+        return [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", question)}]
+    if isinstance(question, list):
+        question = "\n\n".join(message["content"] for message in question)
+    pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
+    return pattern.replace("{question}", question)
 
 
 def apply_chat_template(id, messages, tokenizer, template_args):
@@ -311,39 +321,6 @@ def load_problems(cfg, tokenizer, vocab):
     return train, held_out
 
 
-def shared_vocab(student, teacher) -> int:
-    """V such that ids below it mean the same to both tokenizers; ValueError if a token's ids differ.
-
-    Compares the maps, not the sizes: models of one family pad their embeddings differently.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    shared = min(max(ours.values()), max(theirs.values())) + 1
-    our_pairs, their_pairs = ({(token, i) for token, i in vocab.items() if i < shared} for vocab in (ours, theirs))
-    differ = sorted({token for token, _ in our_pairs ^ their_pairs})
-    if differ:
-        token = differ[0]
-        raise ValueError(
-            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example {token!r} "
-            f"is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher"
-        )
-    return shared
-
-
-@dataclass
-class Vocabulary:
-    """What the student's and the teacher's tokens have in common."""
-
-    size: int  # ids below it mean the same to both; further rows of the embeddings are padding
-    newline_ids: set[int]  # whose text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"
-    stop_ids: list[int]  # that end an answer of either
-    merged: list[int]  # the stop ids, if there are several and they count as one outcome (--merge_stops); else empty
-
-
-def newline_token_ids(tokenizer, vocab: int) -> set[int]:
-    texts = tokenizer.batch_decode([[i] for i in range(vocab)])
-    return {i for i, text in enumerate(texts) if "\n" in text}
-
-
 # -----------------------------------------------------------------------------
 # batches
 
@@ -352,7 +329,7 @@ def newline_token_ids(tokenizer, vocab: int) -> set[int]:
 class MicroBatch:
     """One micro-batch of B rollouts, padded on the right to L tokens; N response tokens, one response after the other.
 
-    Made by `collate`; train.py adds the last two fields before the first update on the rollouts.
+    Made by `collate`; train.py sets the last two fields before the first update on the rollouts.
     """
 
     ids: Tensor  # [B, L] prompt and response. Right padding, so that causal attention needs no mask
@@ -363,7 +340,7 @@ class MicroBatch:
     position: Tensor  # [N] where in its response each of them is, in (0, 1); for the pictures
     logp_sampler: Tensor  # [N] the sampler's log-probs at temperature 1; only compared with the trainer's
     rollouts: list  # the B rollouts, on the host; none if the batch only fills up
-    teacher: dict = field(default_factory=dict)  # the teacher's targets (teacher.py), on the host, computed once
+    teacher: dict = field(default_factory=dict)  # the teacher's targets (train.py lists them), on the host
     logp_old: Tensor | None = None  # [N] the student's log-probs before the first update on these rollouts
 
 

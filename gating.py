@@ -1,7 +1,7 @@
 """Policy-drift gates: per-token loss weights that shrink where the policy has moved since the rollouts were sampled.
 
-Zheng and Jiang, Blockwise Policy-Drift Gating for On-Policy Distillation, arXiv 2606.24084, Eq. 1. The responses of a
-minibatch are cut into segments: blocks of 64 tokens, spans between newlines, single tokens, or whole responses. Then
+Zheng and Jiang, Blockwise Policy-Drift Gating for On-Policy Distillation, arXiv 2606.24084. The responses of a minibatch are
+cut into segments: blocks of 64 tokens, spans between newlines, single tokens, or whole responses. The paper's Eq. 1:
 
     d_t = log pi(y_t) - log pi_old(y_t)     drift of the sampled token y_t since the rollouts were made, in nats
     s_b = mean of d over segment b          signed, so opposite drifts cancel
@@ -14,28 +14,28 @@ True, wherever they lie in the row. All else (prompt, padding, gaps) is skipped.
     weights = gate_weights(logp, logp_old, mask, "block", block=64)     # [B, T]: mean 1 over the response tokens
     loss = (weights * token_loss * mask).sum() / mask.sum()
 
-With gradient accumulation or several ranks the mean must be over the whole minibatch. So
-- do not normalise in each micro-batch: sum the gates, and divide the gradient once, before clipping;
-- undo any division of the loss by your trainer (Accelerate divides by gradient_accumulation_steps: multiply the loss by it);
-- this needs p.grad, which DeepSpeed does not have. There, use gradient_accumulation_steps = 1 and gate_weights; with several
-  ranks, each is then normalised by its own gates, which is only approximately Eq. 1.
+With gradient accumulation or several ranks the sums of Eq. 1 still run over the whole minibatch, so no micro-batch may be
+normalised by itself: add up the gates, and divide the gradient once, before clipping. All tensors of a micro-batch are [B, T];
+`kind` is one of KINDS, and `newline`, which only "span" reads, marks the tokens whose decoded text contains a newline.
 
     gate_sum = torch.zeros((), device=device)
-    for each micro-batch:             # equally many on every rank: pad with one whose mask is False everywhere
+    for logp, logp_old, token_loss, mask, newline in micro_batches:   # equally many on every rank: fill up with masks of False
         mask = mask.bool()
-        segments = segment_index(mask, "block", block=64)
-        g, _ = gate(logp[mask], logp_old[mask], segments)               # [N]
+        segments = segment_index(mask, kind, block=64, newline=newline)         # [N]
+        g, _ = gate(drift(logp[mask], logp_old[mask]), segments, kind, tau=1.0)     # [N]
         (g * token_loss[mask]).sum().backward()
         gate_sum += g.sum()
     dist.all_reduce(gate_sum)
-    gate_sum.clamp_(min=1e-30)        # if every gate has underflowed
     for p in model.parameters():
-        if p.grad is not None:
-            p.grad *= world_size / gate_sum     # DDP and FSDP have averaged over the ranks
+        if p.grad is not None:                                        # DDP and FSDP have averaged it over the ranks
+            p.grad *= dist.get_world_size() / gate_sum.clamp(min=1e-30)
+
+Undo any division of the loss by your trainer: Accelerate divides by gradient_accumulation_steps, so multiply the loss by it.
+DeepSpeed has no p.grad: use gradient_accumulation_steps = 1 and gate_weights there; with several ranks, each is then normalised
+by its own gates, which is only approximately Eq. 1.
 
 `logp_old` must come from the same code as `logp`, before the first update on these rollouts. A sampler's own log-probs
-differ (another engine, another precision, top-p), and the gate would take the difference for drift. For kind "span", also
-pass newline: the mask [B, T] of the tokens whose decoded text contains a newline.
+differ (another engine, another precision, top-p), and the gate would take the difference for drift.
 
 MIT license.
 """
@@ -64,31 +64,11 @@ def gate_weights(
         raise ValueError(f"shapes differ: {[tuple(x.shape) for x in (logp, logp_old, mask)]}")
     mask = mask.bool()
     segments = segment_index(mask, kind, **segment_options)
-    g, _ = gate(logp[mask], logp_old[mask], segments, tau=0.0 if kind == "none" else tau, stat=stat)
+    g, _ = gate(drift(logp[mask], logp_old[mask]), segments, kind, tau=tau, stat=stat)
     weights = torch.zeros(mask.shape, dtype=g.dtype, device=g.device)
     # If every gate underflows to 0 (a huge tau), so do the weights: the loss is 0, not NaN.
     weights[mask] = g / g.mean().clamp(min=torch.finfo(g.dtype).tiny)
     return weights
-
-
-@torch.no_grad()
-def gate(
-    logp: Tensor,  # [N] log-probs of the response tokens under the current policy
-    logp_old: Tensor,  # [N] the same before the first update on these rollouts
-    segments: Tensor,  # [N] index of each token's segment, from segment_index
-    *,
-    tau: float = 1.0,
-    stat: str = "mean",
-) -> tuple[Tensor, Tensor]:
-    """The gates g and the segments' drift s of Eq. 1, both [N] in fp32: every token holds its segment's value.
-
-    Not normalised: divide by the sum of g over the whole minibatch. tau = 0 gives gates of exactly 1. To try another gate,
-    change the last line.
-    """
-    if tau < 0:
-        raise ValueError(f"tau is {tau}; it must be at least 0 (a negative one would reward drift)")
-    s = segment_drift(drift(logp, logp_old), segments, stat)
-    return torch.exp(-tau * s.abs()), s
 
 
 @torch.no_grad()
@@ -98,6 +78,27 @@ def drift(logp: Tensor, logp_old: Tensor) -> Tensor:
     This hides no NaN: a log-prob that is NaN makes the loss NaN as well, and the training loop notices that.
     """
     return (logp.float() - logp_old.float()).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
+
+
+@torch.no_grad()
+def gate(
+    d: Tensor,  # [N] drift of each response token, in nats
+    segments: Tensor,  # [N] index of each token's segment, from segment_index
+    kind: str = "block",  # what the segments are; only "none" matters here: its gates are exactly 1
+    *,
+    tau: float = 1.0,
+    stat: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """The gates g and the segments' drift s of Eq. 1, both [N] in fp32: every token holds its segment's value.
+
+    Not normalised: divide by the sum of g over the whole minibatch. To try another gate, change the last line.
+    """
+    if tau < 0:
+        raise ValueError(f"tau is {tau}; it must be at least 0 (a negative one would reward drift)")
+    s = segment_drift(d, segments, stat)
+    if kind == "none":
+        return torch.ones_like(s), s
+    return torch.exp(-tau * s.abs()), s
 
 
 def segment_drift(d: Tensor, segments: Tensor, stat: str = "mean") -> Tensor:
@@ -192,14 +193,19 @@ def span_lengths(is_newline, span_min: int, span_max: int) -> list[int]:
 def gate_stats(g: Tensor, s: Tensor, d: Tensor) -> dict[str, Tensor]:
     """Summary statistics {name: scalar} of gates g, segment drift s and token drift d, all [N]; {} if N is 0.
 
-    ess is (sum g)^2 / (N sum g^2), the effective sample size as a share of N: 1 when all gates are equal.
+    gate/ess is (sum g)^2 / (N sum g^2), the effective sample size as a share of N: 1 when all gates are equal.
     """
     if not len(g):
         return {}
-    # torch.quantile refuses more than 2^24 values, so take the 5th percentile by rank.
-    p05 = g.kthvalue(max(1, round(0.05 * len(g)))).values
     ess = g.sum() ** 2 / (len(g) * g.square().sum()).clamp(min=torch.finfo(g.dtype).tiny)
     return {
-        "mean": g.mean(), "min": g.min(), "p05": p05, "ess": ess, "below_half": (g < 0.5).float().mean(),
-        "drift_abs": d.abs().mean(), "s_abs": s.abs().mean(), "s_max": s.abs().max(),
-    }  # fmt: skip
+        "gate/mean": g.mean(),
+        "gate/min": g.min(),
+        # torch.quantile refuses more than 2^24 values, so take the 5th percentile by rank.
+        "gate/p05": g.kthvalue(max(1, round(0.05 * len(g)))).values,
+        "gate/ess": ess,
+        "gate/below_half": (g < 0.5).float().mean(),
+        "gate/drift_abs": d.abs().mean(),
+        "gate/s_abs": s.abs().mean(),
+        "gate/s_max": s.abs().max(),
+    }

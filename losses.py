@@ -9,19 +9,38 @@ by the denominator of the whole minibatch. Student p, teacher q; log-probs in na
 
 The language-model head: what the losses need from the logits, in chunks, with a custom backward pass.
 
-    z, lse = head_logits(hidden, weight, ids)               # logits at ids [N, K], logsumexp of all logits [N]
+    z, lse = head_logits(hidden, weight, bias, ids)         # logits at ids [N, K], logsumexp of all logits [N]
     logp = z - lse[:, None]                                 # differentiable log-probs of ids
-    ids, logq = head_topk(hidden, weight, k)                # a teacher's k most likely tokens; no gradient
-    kl, lse = head_kl(hidden, weight, hidden_t, weight_t)   # KL or JSD over the whole vocabulary [N]
+    ids, logq = head_topk(hidden, weight, bias, k)          # a teacher's k most likely tokens; no gradient
+    kl, lse = head_kl(hidden, weight, bias, hidden_t, weight_t, bias_t)     # KL or JSD over the whole vocabulary [N]
 
 N positions, H hidden size, V vocabulary, K tokens of the support; "..." is [N] or [B, T]. Results are fp32, whatever
-the dtype of the inputs. Copy this file; it depends only on PyTorch. MIT license.
+the dtype of the inputs. The head functions share these arguments:
+
+    hidden [N, H]; weight [V', H] and bias [V'] (or None): the states and the head's parameters
+    temperature: logits are divided by it
+    vocab: the first `vocab` rows of weight are tokens, the rest padding; by default all are tokens
+    merged: a list of ids that count as one outcome, whose probability is the sum of theirs (the stop tokens, where student and
+        teacher have different ones). The outcome goes by its first id
+    chunk: elements in the largest temporary. Memory beyond inputs, outputs and gradients is a few chunks, regardless of N
+
+Copy this file; it depends only on PyTorch. MIT license.
 """
 
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+# Elements of a chunk: the fastest of the powers of 2 measured (bench/losses.py). On a CPU a chunk should fit in the cache, since
+# several elementwise passes read it between two matmuls.
+CPU_CHUNK, CUDA_CHUNK = 1 << 21, 1 << 27  # head_logits
+CPU_TOPK_CHUNK, CUDA_TOPK_CHUNK = 1 << 24, 1 << 27  # head_topk
+CPU_KL_CHUNK, CUDA_KL_CHUNK = 1 << 24, 1 << 26  # head_kl, forward: one of its four buffers
+CPU_KL_BACKWARD_CHUNK, CUDA_KL_BACKWARD_CHUNK = 1 << 20, 1 << 25  # head_kl, backward: one of four
+CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
+FUSED = False  # on CUDA, compile the elementwise passes over a chunk into one kernel (bench/gpu.py compares)
 
 # -----------------------------------------------------------------------------
 # position losses
@@ -46,7 +65,7 @@ def opd_loss(
     """
     student = logp if advantage_of == "current" else logp_old
     advantage = (_finite(logp_teacher) - _finite(student)).detach()
-    ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()
+    ratio = (_finite(logp) - _finite(logp_old)).clamp(-20, 20).exp()  # at most e^20: finite
     low = 1 - clip_low if clip_low else 0.0
     high = 1 + clip_high if clip_high else math.inf
     surrogate = ratio * advantage
@@ -62,40 +81,27 @@ def opd_loss(
 
 
 def lsm_loss(
-    z: Tensor,  # [..., K] student's logits at the support, with gradient
-    logq: Tensor,  # [..., K] teacher's logits or log-probs there
+    z: Tensor,  # [..., K] student's logits (or log-probs) at the support, with gradient
+    logq: Tensor,  # [..., K] teacher's
     support: Tensor | None = None,  # [..., K] False where a slot does not count
     *,
-    renormalise: bool = True,
-    lse: Tensor | None = None,  # [...] student's logsumexp over the vocabulary; only renormalise=False needs it
-    log_ratio_clamp: float = 0.0,
     forward: bool = False,
 ) -> Tensor:
-    """Teacher top-K local support matching, LSM: sum_k p_k (log p_k - log q_k) over the support, the reverse KL.
+    """Teacher top-K local support matching, LSM (Fu et al. 2026, arXiv 2603.25562): KL(p || q) over the support.
 
-    renormalise (Fu et al. 2026, arXiv 2603.25562): p and q are softmaxes over the support alone, so the student's
-    logsumexp cancels and no gradient with respect to all V logits is needed. Otherwise p and q are probabilities in the whole
-    vocabulary and logq must be log-probs; that sum can be negative, and it rewards moving mass off the support.
-    forward: sum_k q_k (log q_k - log p_k) instead. log_ratio_clamp: keep each log-ratio within +- this; 0: off.
+    p and q are softmaxes over the support alone, so the student's logsumexp over the vocabulary cancels, and no gradient with
+    respect to all V logits is needed. forward: KL(q || p) instead.
     """
-    if renormalise and z.shape[-1] < 2:
+    if z.shape[-1] < 2:
         raise ValueError("K = 1: renormalised on one token, the loss is always 0")
-    if not renormalise and lse is None:
-        raise ValueError("renormalise=False needs lse, the student's logsumexp over the vocabulary")
-    logp = _finite(z if renormalise else z.float() - lse[..., None])
-    logq = _finite(logq)
+    logp, logq = _finite(z), _finite(logq)
     if support is not None:  # a large finite number, because 0 * -inf would give NaN in the gradient
         logp = logp.masked_fill(~support, -1e30)
         logq = logq.masked_fill(~support, -1e30)
-    if renormalise:
-        logp = logp.log_softmax(-1)
-        logq = logq.log_softmax(-1)
+    logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
     # KL(a || b): a is the distribution that the expectation is taken over
     log_a, log_b = (logq, logp) if forward else (logp, logq)
-    log_ratio = log_a - log_b
-    if log_ratio_clamp:
-        log_ratio = log_ratio.clamp(-log_ratio_clamp, log_ratio_clamp)
-    return (log_a.exp() * log_ratio).sum(-1)  # outside the support exp gives 0, and log_ratio is 0
+    return (log_a.exp() * (log_a - log_b)).sum(-1)  # outside the support exp gives 0, and the difference is 0
 
 
 def tail_loss(logp: Tensor, logq: Tensor) -> Tensor:
@@ -119,28 +125,25 @@ def _finite(x: Tensor) -> Tensor:
 # the head: logits at chosen ids, and the logsumexp of all
 
 
-def head_logits(hidden, weight, ids, bias=None, *, temperature=1.0, vocab=None, merged=None, lse=True, chunk=None):
-    """(z [N, K], lse [N]): logits / temperature at ids, and the logsumexp of all logits / temperature, both with gradient.
+def head_logits(hidden, weight, bias, ids, *, temperature=1.0, vocab=None, merged=None, want_lse=True, chunk=None):
+    """(z [N, K], lse [N]): logits / temperature at ids [N, K], and the logsumexp of all logits / temperature, with gradient.
 
-    hidden [N, H]; weight [V', H], of which the first `vocab` rows (all, by default) are tokens and the rest padding;
-    ids [N, K]; bias [V'] or None. merged: a list of ids that count as one outcome, whose probability is the sum of theirs
-    (stop tokens, if student and teacher have different ones); each of them gets the outcome's z, so a row of ids should hold at
-    most one of them, as those of head_topk do. lse=False skips the pass over the vocabulary, and lse is None. chunk: elements in
-    the largest temporary. Memory beyond inputs, outputs and gradients is about two chunks, regardless of N.
+    want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z, so a row of ids
+    should hold at most one of them, as those of head_topk do.
 
     FLOPs                                              forward       backward
-        z alone (lse=False)                            2 N H K       4 N H K
+        z alone (want_lse=False)                       2 N H K       4 N H K
         z and lse, no gradient reaches lse (LSM)       2 N H V       4 N H K
         z and lse, both with gradient (OPD)            2 N H V       2 N H V (logits again) + 4 N H V (gradients)
         head_kl                                        4 N H V       4 N H V (logits again) + 4 N H V (gradients)
     """
     vocab = vocab or weight.shape[0]
-    chunk = chunk or _default_chunk(hidden)
+    chunk = chunk or (CUDA_CHUNK if hidden.is_cuda else CPU_CHUNK)
     if not merged:
-        return _HeadLogits.apply(hidden, weight, bias, ids, temperature, vocab, lse, chunk)
+        return _HeadLogits.apply(hidden, weight, bias, ids, temperature, vocab, want_lse, chunk)
     K, merged = ids.shape[1], torch.tensor(merged, device=ids.device)
     all_ids = torch.cat([ids, merged.expand(len(ids), -1)], 1)  # [N, K + M]
-    z, lse = _HeadLogits.apply(hidden, weight, bias, all_ids, temperature, vocab, lse, chunk)
+    z, lse = _HeadLogits.apply(hidden, weight, bias, all_ids, temperature, vocab, want_lse, chunk)
     outcome = z[:, K:].logsumexp(1, keepdim=True)  # [N, 1]: log of the sum of exp(z) over the merged ids
     return torch.where(torch.isin(ids, merged), outcome, z[:, :K]), lse
 
@@ -157,8 +160,7 @@ class _HeadLogits(torch.autograd.Function):
         if want_lse:
             total = hidden.new_full(hidden.shape[:1], -math.inf, dtype=torch.float64)  # [N]
             for _, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
-                # only the lse is used: _log_softmax_and_lse_ says why this beats torch.logsumexp
-                total = torch.logaddexp(total, _log_softmax_and_lse_(logits))
+                total = torch.logaddexp(total, _lse_(logits))
             lse = total.float()
         ctx.save_for_backward(hidden, weight, bias, ids, lse)
         return z, lse
@@ -170,16 +172,37 @@ class _HeadLogits(torch.autograd.Function):
         if grad_lse is None:
             grads = _logits_at_backward(grad_z, ids, hidden, weight, bias, temperature, chunk)
             return *grads, *[None] * 5
+        if temperature != 1:  # the logits in question are weight @ hidden + bias, divided by it
+            grad_lse, grad_z = grad_lse / temperature, None if grad_z is None else grad_z / temperature
         grads = _zero_grads(hidden, weight, bias)
         for v, logits in _vocabulary_chunks(hidden, weight, bias, temperature, vocab, chunk):
-            # d lse / d logits is the softmax: this chunk of it, times the incoming gradient
-            d_logits = logits.sub_(lse[:, None]).exp_().mul_(grad_lse[:, None])  # [N, chunk of V], in place
-            if grad_z is not None:  # and the gradients at ids, where they lie in this chunk
-                in_chunk = (ids >= v.start) & (ids < v.stop)
-                columns = (ids - v.start).clamp(0, d_logits.shape[1] - 1)
-                d_logits.scatter_add_(1, columns, grad_z * in_chunk)
-            _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
+            d_logits = _d_logits_(logits, v, lse, grad_lse, ids, grad_z, hidden.dtype)
+            _add_chunk_grads(d_logits, v, hidden, weight, *grads)
         return grads[0].to(hidden.dtype), *grads[1:], *[None] * 5
+
+
+def _d_logits_(logits, v, lse, grad_lse, ids, grad_z, dtype):
+    """The gradient of the chunk `logits` [N, |v|], which may be overwritten; v is its slice of the vocabulary.
+
+    d lse / d logits is the softmax: this chunk of it, times the incoming gradient; and grad_z is added where ids lie in it.
+    """
+    if _fuses(logits) and (grad_z is None or ids.shape[1] == 1):
+        return _compiled(_d_logits_in_one)(logits, v.start, lse, grad_lse, ids, grad_z, dtype)
+    d_logits = logits.sub_(lse[:, None]).exp_().mul_(grad_lse[:, None])
+    if grad_z is not None:
+        in_chunk = (ids >= v.start) & (ids < v.stop)
+        columns = (ids - v.start).clamp(0, d_logits.shape[1] - 1)
+        d_logits.scatter_add_(1, columns, grad_z * in_chunk)
+    return d_logits
+
+
+def _d_logits_in_one(logits, start, lse, grad_lse, ids, grad_z, dtype):
+    """_d_logits_ for ids [N, 1], as one expression that compiles into one kernel: reads the logits, writes the result."""
+    d_logits = (logits - lse[:, None]).exp() * grad_lse[:, None]
+    if grad_z is not None:
+        columns = torch.arange(logits.shape[1], device=logits.device) + start
+        d_logits = torch.where(columns == ids, d_logits + grad_z, d_logits)
+    return d_logits.to(dtype)
 
 
 # -----------------------------------------------------------------------------
@@ -187,16 +210,13 @@ class _HeadLogits(torch.autograd.Function):
 
 
 @torch.no_grad()
-def head_topk(
-    hidden, weight, k: int, bias=None, *, also_ids=None, temperature=1.0, vocab=None, merged=None, chunk=None
-):
+def head_topk(hidden, weight, bias, k: int, *, also_ids=None, temperature=1.0, vocab=None, merged=None, chunk=None):
     """A teacher's targets: (ids [N, k], logq [N, k]) of the k most likely tokens; also_ids [N, J] adds their logq [N, J].
 
-    Arguments as in head_logits. The outcome of `merged` is reported under its first id, and also_ids must name it by that.
-    Works on a few positions at a time, over the whole vocabulary: memory beyond the result is one chunk, regardless of N.
+    also_ids must name the outcome of `merged` by its first id. Works on a few positions at a time, over the whole vocabulary.
     """
     vocab = vocab or weight.shape[0]
-    rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=24, cuda_log2=27)) // vocab)
+    rows = max(1, (chunk or (CUDA_TOPK_CHUNK if hidden.is_cuda else CPU_TOPK_CHUNK)) // vocab)
     buffer = hidden.new_empty(min(rows, len(hidden)), vocab, dtype=torch.float32)
     top_ids, top_logq, also_logq = [], [], []
     for start in range(0, max(1, len(hidden)), rows):  # once even if N = 0
@@ -223,15 +243,15 @@ def head_topk(
 def head_kl(
     hidden: Tensor,  # [N, H] student's hidden states, with gradient
     weight: Tensor,  # [V', H] student's head, with gradient
+    bias: Tensor | None,  # [V']
     hidden_t: Tensor,  # [N, H_t] teacher's
     weight_t: Tensor,  # [V'', H_t]
-    bias: Tensor | None = None,  # [V']
-    bias_t: Tensor | None = None,  # [V'']
+    bias_t: Tensor | None,  # [V'']
     *,
     beta: float = 1.0,
     temperature: float = 1.0,
     vocab: int | None = None,  # tokens that the two share; by default the smaller head's rows
-    merged: list[int] | None = None,  # ids that count as one outcome, for both
+    merged: list[int] | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(divergence [N] with gradient, the student's logsumexp [N] without), over the whole vocabulary.
@@ -254,7 +274,7 @@ class _HeadKL(torch.autograd.Function):
         N = len(hidden)
         # `rows` positions share a matmul: two buffers [rows, V], plus temporaries of the same size. On a CPU the divergence is
         # then computed on as many rows at a time as the cache holds.
-        rows = max(1, (chunk or _default_chunk(hidden, cpu_log2=26, cuda_log2=28)) // (4 * vocab))
+        rows = max(1, (chunk // 4 if chunk else CUDA_KL_CHUNK if hidden.is_cuda else CPU_KL_CHUNK) // vocab)
         cached_rows = rows if hidden.is_cuda else max(1, (chunk or 1 << 20) // vocab)
         loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
         buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
@@ -273,8 +293,7 @@ class _HeadKL(torch.autograd.Function):
                 lse_t[r] = _log_softmax_and_lse_(logq)
                 loss[r], kl_p[r] = _divergence(logp, logq, beta)
         ctx.save_for_backward(hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p)
-        # backward holds four chunks at once
-        chunk = chunk // 4 if chunk else _default_chunk(hidden, cpu_log2=20, cuda_log2=25)
+        chunk = chunk // 4 if chunk else CUDA_KL_BACKWARD_CHUNK if hidden.is_cuda else CPU_KL_BACKWARD_CHUNK
         ctx.options = beta, temperature, vocab, merged or [], chunk
         ctx.mark_non_differentiable(lse)
         return loss, lse
@@ -283,8 +302,13 @@ class _HeadKL(torch.autograd.Function):
     def backward(ctx, grad, _):
         hidden, weight, bias, hidden_t, weight_t, bias_t, lse, lse_t, kl_p = ctx.saved_tensors
         beta, temperature, vocab, merged, chunk = ctx.options
+        if temperature != 1:
+            grad = grad / temperature
         grads = _zero_grads(hidden, weight, bias)
-        if merged:  # the gradient of the outcome's logit [N, 1], and each id's share of it [N, M]
+        # The outcome of `merged` has the logit o = logsumexp of their logits z_j, and the divergence depends on the z_j through o
+        # alone. So its gradient with respect to z_j is that with respect to o, the formula below at log p(o) and log q(o), times
+        # d o / d z_j, the softmax of z over the merged ids.
+        if merged:
             merged_ids = torch.tensor(merged, device=hidden.device).expand(len(hidden), -1)
             z = _logits_at(merged_ids, hidden, weight, bias, temperature, chunk)
             z_t = _logits_at(merged_ids, hidden_t, weight_t, bias_t, temperature, chunk)
@@ -299,7 +323,7 @@ class _HeadKL(torch.autograd.Function):
             for j, id in enumerate(merged):
                 if v.start <= id < v.stop:
                     d_logits[:, id - v.start] = d_merged[:, j]
-            _add_chunk_grads(d_logits, v, hidden, weight, temperature, *grads)
+            _add_chunk_grads(d_logits, v, hidden, weight, *grads)
         return grads[0].to(hidden.dtype), *grads[1:], *[None] * 8
 
 
@@ -333,17 +357,25 @@ def _log_mixture(logp, logq, beta):
 
 
 # -----------------------------------------------------------------------------
-# pieces of the head. Functions whose names end in _ overwrite their first argument
-
-CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
+# pieces of the head. Functions whose names end in _ may overwrite their first argument
 
 
-def _default_chunk(x, cpu_log2=21, cuda_log2=27):
-    """Elements of the largest temporary, as powers of 2; the fastest of those measured (bench/losses.py).
+def _fuses(x):
+    return FUSED and x.is_cuda
 
-    On a CPU, a chunk should fit in the cache, since several elementwise passes read it between two matmuls.
-    """
-    return 1 << (cuda_log2 if x.is_cuda else cpu_log2)
+
+@functools.cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def _row_lse(x):
+    return x.logsumexp(1)
+
+
+def _lse_(x):
+    """The logsumexp [N] of x [N, W], in fp64."""
+    return _compiled(_row_lse)(x).double() if _fuses(x) else _log_softmax_and_lse_(x)
 
 
 def _mm(a, b, out=None):
@@ -389,8 +421,8 @@ def _merge_(logits, merged):
 def _log_softmax_and_lse_(x):
     """Overwrites x [N, W] with its log_softmax, and returns its logsumexp [N] in fp64.
 
-    torch.log_softmax is one fused pass, three times faster than logsumexp, and safe in place (tested), but does not return the
-    logsumexp. That is input minus output at any element; the mean over 16 of them reduces the rounding error.
+    Even where only the logsumexp is wanted, this is three times faster than torch.logsumexp: log_softmax is one fused pass, and
+    safe in place (tested). The logsumexp is input minus output at any element; the mean over 16 of them rounds less.
     """
     before = x[:, :16].double()
     torch.log_softmax(x, 1, out=x)
@@ -403,17 +435,15 @@ def _zero_grads(hidden, weight, bias):
     return d_hidden, torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
 
 
-def _add_chunk_grads(d_logits, v, hidden, weight, temperature, d_hidden, d_weight, d_bias):
-    """Backpropagates d_logits [N, |v|], the gradient of logits / temperature in the slice v of the vocabulary."""
-    if temperature != 1:
-        d_logits /= temperature
+def _add_chunk_grads(d_logits, v, hidden, weight, d_hidden, d_weight, d_bias):
+    """Backpropagates d_logits [N, |v|], the gradient of weight @ hidden + bias in the slice v of the vocabulary."""
     if d_bias is not None:
         d_bias[v] = d_logits.sum(0)
     if d_logits.is_cuda:
-        d_logits = d_logits.to(hidden.dtype)
+        d_logits = d_logits.to(hidden.dtype)  # bf16, for the tensor cores; nothing to do if it is already
         d_hidden += _mm(d_logits, weight[v])
     else:  # in place: avoids a second [N, H] tensor
-        d_hidden.addmm_(d_logits, weight[v].float())
+        d_hidden.addmm_(d_logits.float(), weight[v].float())
     d_weight[v] = _mm(d_logits.T, hidden)
 
 

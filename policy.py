@@ -1,45 +1,59 @@
-"""Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits."""
+"""Student and teacher as modules: loading, sharding with FSDP2, and a forward pass that never makes [N, V] logits.
 
-from contextlib import suppress
+hidden = policy(batch)                                                  # [N, H] at the response tokens
+z, lse = head_logits(hidden, *policy.head(), ids, **options)            # losses.py applies the head, in chunks
+"""
+
+import inspect
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-import data
-from common import one_line, one_rank_at_a_time, say, world_size
-from losses import head_logits
+from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES
+from losses import head_kl, head_logits, head_topk
+from support import toy
+from support.common import one_rank_at_a_time, world_size
+from support.vocabulary import Vocabulary
 
 
 class Policy(nn.Module):
-    """A causal language model whose forward() returns on_hidden(hidden, weight, bias) instead of logits.
+    """A causal language model whose forward pass ends before the head.
 
-    vocabulary: a data.Vocabulary, what student and teacher have in common.
-    file_dtype: the dtype of the model's files, on load and on save.
+    vocabulary: what student and teacher have in common. file_dtype: the dtype of the model's files, on load and on save.
     """
 
-    def __init__(self, lm, vocabulary, file_dtype=torch.float32):
+    def __init__(self, lm, vocabulary: Vocabulary, file_dtype=torch.float32):
         super().__init__()
         self.lm = lm
         self.vocabulary = vocabulary
         self.file_dtype = file_dtype
 
-    def head_options(self, temperature) -> dict:
-        """What the head functions of losses.py need to know of the vocabulary."""
-        return {"temperature": temperature, "vocab": self.vocabulary.size, "merged": self.vocabulary.merged}
+    def forward(self, batch):
+        """Hidden states [N, H] of a MicroBatch, at the positions that predict its N response tokens.
 
-    def forward(self, ids, rows, cols, on_hidden):
-        """ids [B, L], right-padded, so causal attention needs no mask; rows and cols [N] choose hidden states.
-
-        Calls on_hidden(hidden [N, H], weight [V', H], bias [V'] or None) with the head's weights, and returns its result.
-        on_hidden must run inside forward(): only there are the head's weights whole. FSDP2 does not reshard the root module,
-        to which the head belongs, after forward, so they remain whole through the backward pass.
+        batch.ids [B, L] is padded on the right, so causal attention needs no mask.
         """
-        hidden = self.lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state  # [B, L, H]
+        hidden = self.lm.get_decoder()(input_ids=batch.ids, use_cache=False).last_hidden_state  # [B, L, H]
+        return hidden[batch.rows, batch.cols]
+
+    def head(self):
+        """(weight [V', H], bias [V'] or None) of the language-model head. Only after forward(), and before the next backward.
+
+        The head belongs to FSDP2's root module, which shard() keeps whole after a forward pass, until the backward pass ends.
+        """
         out = self.lm.get_output_embeddings()
-        hidden = hidden[rows, cols]  # [N, H]: only the positions that predict a response token go through the head
-        return on_hidden(hidden, out.weight.to(hidden.dtype), out.bias)
+        return out.weight, out.bias
+
+
+def token_logprobs(policy, batch, temperature):
+    """[N] log pi(y_t) of a micro-batch's response tokens, with gradient if it is enabled."""
+    hidden = policy(batch)
+    options = policy.vocabulary.head_options(temperature)
+    z, lse = head_logits(hidden, *policy.head(), batch.tokens[:, None], **options)
+    return z[:, 0] - lse
 
 
 def choose_attention_kernels(device):
@@ -56,14 +70,8 @@ def choose_attention_kernels(device):
         torch.backends.cuda.enable_math_sdp(False)
 
 
-def token_logprobs(policy, batch, temperature):
-    """[N] log pi(y_t) of a micro-batch's response tokens, with gradient if it is enabled."""
-
-    def on_hidden(hidden, weight, bias):
-        z, lse = head_logits(hidden, weight, batch.tokens[:, None], bias, **policy.head_options(temperature))
-        return z[:, 0] - lse
-
-    return policy(batch.ids, batch.rows, batch.cols, on_hidden)
+def compiles(cfg):
+    return cfg.kernels in ("compile", "both")
 
 
 # -----------------------------------------------------------------------------
@@ -71,62 +79,18 @@ def token_logprobs(policy, batch, temperature):
 
 
 def model_paths(cfg):
-    """{role: folder or hub name} of the models that this process loads; "toy" is trained here if it does not exist yet."""
-    paths = {"student": cfg.student}
+    """{role: folder or hub name} of the models that this process loads."""
+    paths = {"student": toy.STUDENT if cfg.student == "toy" else cfg.student}
     if not cfg.teacher_url:
-        paths["teacher"] = cfg.teacher
-    if "toy" in paths.values():
-        import toy
-
-        teacher, student = toy.models()
-        folders = {"teacher": teacher, "student": student}
-        paths = {role: folders[role] if path == "toy" else path for role, path in paths.items()}
+        paths["teacher"] = toy.TEACHER if cfg.teacher == "toy" else cfg.teacher
     return paths
-
-
-def pretrained(auto_class, path, **options):
-    """auto_class.from_pretrained(path): a config or a tokenizer. ValueError if there is no such folder or hub name, or no network."""
-    try:
-        return auto_class.from_pretrained(path, **options)
-    except OSError as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
-
-
-def load_tokenizer(paths, cfg):
-    """(the student's tokenizer, the Vocabulary that student and teacher share).
-
-    ValueError if the tokenizers differ, a context is too short, or the vocabulary is smaller than --topk.
-    """
-    from transformers import AutoConfig, AutoTokenizer
-
-    hub_options = {"trust_remote_code": cfg.trust_remote_code}
-    tokenizers = {role: pretrained(AutoTokenizer, path, **hub_options) for role, path in paths.items()}
-    tokenizer = tokenizers["student"]
-    vocab = data.shared_vocab(tokenizer, tokenizers.get("teacher", tokenizer))
-    for role, path in paths.items():
-        config = pretrained(AutoConfig, path, **hub_options).get_text_config()
-        vocab = min(vocab, config.vocab_size)
-        context = getattr(config, "max_position_embeddings", None)
-        if context and cfg.max_prompt + cfg.max_response > context:
-            raise ValueError(
-                f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} tokens do not fit "
-                f"the {role}'s context of {context}"
-            )
-    if cfg.topk > vocab:
-        raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocab}")
-    stops = {role: stop_ids_of(path, tokenizers[role]) for role, path in paths.items()}
-    stop_ids = sorted({i for ids in stops.values() for i in ids if i < vocab})
-    merged = stop_ids if cfg.merge_stops and len(stop_ids) > 1 else []
-    if not merged and stops.get("teacher", stops["student"]) != stops["student"]:
-        say(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
-    return tokenizer, data.Vocabulary(vocab, data.newline_token_ids(tokenizer, vocab), stop_ids, merged)
 
 
 def load_policy(path, cfg, vocabulary, device, *, trainable):
     """The student (trainable): fp32 master weights, bf16 compute on CUDA. The teacher: bf16 on CUDA, fp32 on a CPU.
 
     With several ranks, and with one GPU, sharded with FSDP2. ValueError for a model whose logits are more than weight @ hidden
-    + bias.
+    + bias, or that --kernels does not fit.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -138,6 +102,8 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
         if "drop" in name and isinstance(value, float):
             setattr(text_config, name, 0.0)
     dtype = torch.float32 if trainable else compute_dtype(device)
+    if cfg.kernels in ("liger", "both"):
+        patch_with_liger(text_config.model_type)
     # Making the mesh is a collective, so it stands outside the block in which the ranks take turns.
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
@@ -151,9 +117,34 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
         policy = Policy(lm, vocabulary, file_dtype)
+        if compiles(cfg):
+            for block in decoder_blocks(lm):
+                block.compile(dynamic=True)  # each on its own, inside its checkpoint and its shard; lengths vary
         if mesh:
             shard(policy, mesh, device)  # moves only this rank's shards to the device, one layer at a time
         return policy.to(device)
+
+
+def patch_with_liger(model_type):
+    """From here on, models of this type have Liger's fused RMSNorm, SwiGLU and RoPE. ValueError if it knows no such type."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model_type)
+    if apply is None:
+        raise ValueError(f"--kernels: liger-kernel has nothing for models of the type {model_type}")
+    wanted = {
+        "rope": True,
+        "rms_norm": True,
+        "swiglu": True,
+        "cross_entropy": False,
+        "fused_linear_cross_entropy": False,
+    }
+    known = inspect.signature(apply).parameters  # Gemma, for example, has no swiglu
+    apply(**{name: x for name, x in wanted.items() if name in known})
+
+
+def compute_dtype(device):
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def shard(policy, mesh, device):
@@ -165,15 +156,16 @@ def shard(policy, mesh, device):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
-    blocks = policy.lm._no_split_modules or ()  # names of classes, such as Qwen3DecoderLayer
-    for module in reversed(list(policy.lm.modules())):  # inner modules first, as FSDP2 asks
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, mp_policy=precision)
-    fully_shard(policy, mesh=mesh, mp_policy=precision)
+    for block in decoder_blocks(policy.lm):
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # The root holds the embedding, the last norm and the head. It stays whole after forward(): Policy.head() needs that.
+    fully_shard(policy, mesh=mesh, mp_policy=precision, reshard_after_forward=False)
 
 
-def compute_dtype(device):
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def decoder_blocks(lm):
+    """The modules that transformers names as not to be split, such as Qwen3DecoderLayer; inner ones first, as FSDP2 asks."""
+    names = lm._no_split_modules or ()
+    return [module for module in reversed(list(lm.modules())) if type(module).__name__ in names]
 
 
 @torch.no_grad()
@@ -194,69 +186,75 @@ def check_head(lm, path):
 
 
 # -----------------------------------------------------------------------------
-# stop tokens
+# a teacher in this process (support/server_teacher.py: one elsewhere)
 
 
-def stop_ids_of(path, tokenizer) -> list[int]:
-    """The stop tokens of a model's folder or hub name. Not every model comes with a generation_config.json."""
-    from transformers import GenerationConfig
+class LocalTeacher:
+    """A frozen Policy. With cfg.teacher_offload its weights wait in host memory between two rollout batches.
 
-    for file in ("generation_config.json", "config.json"):
-        with suppress(OSError):
-            return stop_ids(tokenizer, GenerationConfig.from_pretrained(path, config_file_name=file))
-    return stop_ids(tokenizer)
-
-
-def stop_ids(tokenizer, generation_config=None) -> list[int]:
-    """The EOS ids of tokenizer and generation config, and the end of turn of the chat template.
-
-    Base models often do not list their end-of-turn token as EOS, though the chat template ends every answer with it.
+    head: its (weight, bias), whole, if the loss is over the whole vocabulary; else None.
     """
-    ids = set(end_of_turn(tokenizer))
-    for source in (tokenizer, generation_config):
-        eos = getattr(source, "eos_token_id", None)
-        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos} - {None}
-    return sorted(ids)
+
+    def __init__(self, policy, cfg, device):
+        self.policy, self.cfg, self.device = policy, cfg, device
+        self.head = whole_head(policy) if cfg.loss in FULL_VOCABULARY_LOSSES else None
+        if cfg.teacher_offload:
+            policy.to("cpu")
+
+    @contextmanager
+    def on_device(self):
+        if self.cfg.teacher_offload:
+            self.policy.to(self.device)
+        yield
+        if self.cfg.teacher_offload:
+            self.policy.to("cpu")
+
+    def targets(self, batches) -> list[dict]:
+        """What the loss needs of the teacher, for each micro-batch, on the host. A collective, as every forward pass is."""
+        with self.on_device():
+            return [teacher_targets(self.policy, batch, self.cfg) for batch in batches]
+
+    @torch.no_grad()
+    def reverse_kl(self, student, batches) -> list:
+        """The exact KL(student || teacher) at each response token, in nats, on the host: [N] for each micro-batch."""
+        options = student.vocabulary.head_options(self.cfg.temperature)
+        kl = []
+        with self.on_device():
+            for batch in batches:
+                hidden, hidden_t = student(batch), self.policy(batch)
+                kl.append(head_kl(hidden, *student.head(), hidden_t, *self.policy.head(), **options)[0].cpu())
+        return kl
 
 
-def end_of_turn(tokenizer) -> list[int]:
-    """The first special token that the chat template puts after an answer; empty if there is none."""
-    import jinja2
-
-    if not getattr(tokenizer, "chat_template", None):
-        return []
-    chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
-    try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-    except jinja2.exceptions.TemplateError:  # it refuses this conversation; data.encode() reports it if it refuses ours
-        return []
-    _, found, end = text.rpartition("It is 2.")
-    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
-    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    # In some tokenizers the newline after the end-of-turn token is an added token, too, but it ends no answer.
-    return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]
+@torch.no_grad()
+def teacher_targets(policy, batch, cfg) -> dict:
+    """The teacher's targets of one micro-batch (train.py lists them), from one forward pass."""
+    hidden = policy(batch)
+    k = cfg.topk if cfg.loss in TOPK_LOSSES else 1
+    options = policy.vocabulary.head_options(cfg.temperature)
+    topk_ids, topk_logq, logq = head_topk(hidden, *policy.head(), k, also_ids=batch.tokens[:, None], **options)
+    targets = {"logq_sampled": logq[:, 0], "topk_ids": topk_ids, "topk_logq": topk_logq}
+    if cfg.loss in FULL_VOCABULARY_LOSSES:  # [N, H_t] is small beside [N, V]; the head is applied again in the loss
+        targets["hidden"] = hidden
+    return {name: x.cpu() for name, x in targets.items()}
 
 
 # -----------------------------------------------------------------------------
-# full tensors, whether or not the model is sharded
+# whole tensors, whether or not the model is sharded. Collectives: every rank must call them
 
 
 def full_tensor(x):
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def head_weights(policy):
-    """(weight, bias or None) of the head, whole on every rank, without gradient. A collective."""
-    out = policy.lm.get_output_embeddings()
-    bias = None if out.bias is None else full_tensor(out.bias).detach()
-    return full_tensor(out.weight).detach(), bias
+def whole_head(policy):
+    """(weight, bias or None) of the head on every rank, without gradient, at any time."""
+    weight, bias = policy.head()
+    return full_tensor(weight).detach(), None if bias is None else full_tensor(bias).detach()
 
 
 def full_weights(policy):
-    """Yields (name, full tensor) of the state dict, one at a time, tied weights once.
-
-    A collective: every rank must iterate over all of it.
-    """
+    """Yields (name, full tensor) of the state dict, one at a time, tied weights once. Every rank must iterate over all of it."""
     tied = policy.lm.all_tied_weights_keys  # {copy: source}, such as the head, whose source is the embedding
     for name, weight in policy.lm.state_dict().items():
         if name not in tied:

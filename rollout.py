@@ -1,6 +1,6 @@
 """Responses sampled from the student: with vLLM, or with transformers' generate() where vLLM cannot run.
 
-    sampler = make_sampler(cfg, "folder of the student", student, tokenizer, vocab, stop_ids)
+    sampler = make_sampler(cfg, "folder of the student", student, vocabulary)
     sampler.sync((name, tensor) for name, tensor in student.state_dict().items())     # after every update
     rollouts = sampler.sample(prompts, seeds, max_tokens=100, temperature=1.0, top_p=0.9, top_k=0)
     sampler.sleep()                                                                    # frees a GPU's memory
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import explain, gather, rank, say, world_size
+from support.common import gather, print0, rank, world_size
+from support.errors import explain
 
 VLLM_ENV = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}  # unless the user has set them
 CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken at once
@@ -72,14 +73,17 @@ class Draw:
         return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
 
 
+PAD = 0  # padding is masked, so any id will do that the embedding has; a tokenizer's own pad token may lie beyond it
+
+
 class HFSampler:
     """generate() in batches of at most `budget` tokens.
 
     owns_model: `model` is the sampler's own copy, and sync() writes into it; otherwise it is the trainer's.
     """
 
-    def __init__(self, model, stops, pad, vocab, *, owns_model=False, budget=1 << 17, should_stop=lambda: False):
-        self.model, self.stops, self.pad, self.vocab = model, stops, pad, vocab
+    def __init__(self, model, vocabulary, *, owns_model=False, budget=1 << 17, should_stop=lambda: False):
+        self.model, self.vocabulary = model, vocabulary
         self.owns_model, self.budget, self.should_stop = owns_model, budget, should_stop
 
     @torch.no_grad()
@@ -108,7 +112,7 @@ class HFSampler:
         # What the config below leaves open, generate() takes from the model's own: repetition penalties and the like.
         model.generation_config = hf.GenerationConfig()
         config = hf.GenerationConfig(max_new_tokens=max_tokens, do_sample=False)
-        config.eos_token_id, config.pad_token_id = self.stops or None, self.pad
+        config.eos_token_id, config.pad_token_id = self.vocabulary.stop_ids or None, PAD
         rollouts = {}
         todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
         try:
@@ -125,11 +129,11 @@ class HFSampler:
     def generate(self, prompts, seeds, config, warpers):
         """One batch of rollouts; the longest prompt comes first."""
         device, width = self.model.device, len(prompts[0])
-        ids = torch.tensor([[self.pad] * (width - len(p)) + p for p in prompts], device=device)
+        ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # NumPy's generator: torch's reads only 32 bits of its seed on a CPU.
         u = np.stack([np.random.default_rng(seed).random(config.max_new_tokens) for seed in seeds])
-        draw = Draw(torch.from_numpy(u).to(device), width, self.vocab, warpers)
+        draw = Draw(torch.from_numpy(u).to(device), width, self.vocabulary.size, warpers)
 
         def stop_all(ids, *_, **__):
             return torch.full((len(ids),), self.should_stop(), device=device)
@@ -139,7 +143,7 @@ class HFSampler:
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         for prompt, row, logp in zip(prompts, out[:, width:].tolist(), logprobs, strict=True):
-            ends = [i + 1 for i, token in enumerate(row) if token in self.stops]
+            ends = [i + 1 for i, token in enumerate(row) if token in self.vocabulary.stop_ids]
             n_tokens = ends[0] if ends else len(row)
             rollouts.append(Rollout(prompt, row[:n_tokens], logp[:n_tokens], "stop" if ends else "length"))
         return rollouts
@@ -177,8 +181,7 @@ class VLLMSampler:
     def __init__(
         self,
         path,
-        stops,
-        vocab,
+        vocabulary,
         *,
         max_len=0,
         memory=0.55,
@@ -190,7 +193,7 @@ class VLLMSampler:
         if world_size() % tp:
             raise ValueError(f"--tp is {tp}; it must divide the number of ranks, {world_size()}")
         self.is_cuda = vllm_device() == "cuda"
-        self.stops, self.tp, self.should_stop = stops, tp, should_stop
+        self.vocabulary, self.tp, self.should_stop = vocabulary, tp, should_stop
         self.is_asleep = False
         from vllm import LLM
 
@@ -218,7 +221,7 @@ class VLLMSampler:
         # Its finaliser destroys every process group there is, the trainer's too, or fails if the trainer came first.
         self.llm.llm_engine.engine_core._finalizer.detach()
         config = self.llm.llm_engine.model_config
-        padding = range(vocab, config.get_vocab_size())
+        padding = range(vocabulary.size, config.get_vocab_size())
         if self.is_cuda and len(padding) > 1024:
             raise ValueError(f"the embedding has {len(padding)} rows beyond the vocabulary; vLLM 0.32 can ban 1024")
         self.dtype, self.banned = config.dtype, dict.fromkeys(padding, -100.0)
@@ -257,7 +260,7 @@ class VLLMSampler:
             self.is_asleep = False
         jobs, mine, should_stop = self.share_jobs(list(zip(prompts, seeds, strict=True)))
         params = dict(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_token_ids=self.stops,
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop_token_ids=self.vocabulary.stop_ids,
             logprobs=0,  # of the sampled token alone
             logit_bias=self.banned or None, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
@@ -318,13 +321,12 @@ def choose(kind, device):
     raise ValueError(f"--rollout {kind}: {why}. --rollout hf samples without it, many times slower on a GPU")
 
 
-def make_sampler(cfg, path, model, tokenizer, vocab, stops, should_stop=lambda: False, **engine_options):
+def make_sampler(cfg, path, model, vocabulary, should_stop=lambda: False, **engine_options):
     """The sampler that cfg.rollout names.
 
-    model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. vocab: ids that may be sampled;
-    further rows of the embedding are padding. stops: ids that end a response. should_stop() is asked at every token: once it
-    is True, sample returns what there is, and the caller has to drop it. engine_options: VLLMSampler's max_len, tp and
-    max_num_seqs.
+    model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. should_stop() is asked at every
+    token: once it is True, sample returns what there is, and the caller has to drop it. engine_options: VLLMSampler's max_len
+    and max_num_seqs.
     """
     import transformers as hf
 
@@ -332,8 +334,8 @@ def make_sampler(cfg, path, model, tokenizer, vocab, stops, should_stop=lambda: 
     kind, _ = choose(cfg.rollout, device)
     trust = cfg.trust_remote_code
     if kind == "vllm":
-        engine_options |= {"memory": cfg.vllm_memory, "trust": trust, "should_stop": should_stop}
-        return start_engine(path, stops, vocab, **engine_options)
+        engine_options |= {"memory": cfg.vllm_memory, "tp": cfg.tp, "trust": trust, "should_stop": should_stop}
+        return start_engine(path, vocabulary, **engine_options)
     needs_copy = model is None or any(hasattr(p, "full_tensor") for p in model.parameters())
     if needs_copy:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -341,17 +343,17 @@ def make_sampler(cfg, path, model, tokenizer, vocab, stops, should_stop=lambda: 
         model = model.to(torch.device(device))
     budget = token_budget(model.config, torch.cuda.mem_get_info()[0] if device == "cuda" else None)
     options = {"owns_model": needs_copy, "budget": budget, "should_stop": should_stop}
-    return HFSampler(model, stops, tokenizer.pad_token_id or 0, vocab, **options)
+    return HFSampler(model, vocabulary, **options)
 
 
-def start_engine(path, stops, vocab, **options):
+def start_engine(path, vocabulary, **options):
     """A VLLMSampler. If it fails on one of several ranks, that rank's process ends at once, and torchrun ends the others.
 
     They are waiting for it inside vLLM's own collectives, where the error cannot be passed on to them.
     """
-    say("starting vLLM; compiling takes minutes the first time")
+    print0("starting vLLM; compiling takes minutes the first time")
     try:
-        return VLLMSampler(path, stops, vocab, **options)
+        return VLLMSampler(path, vocabulary, **options)
     except Exception as error:
         if world_size() == 1:
             raise

@@ -1,11 +1,16 @@
 """python -m pytest test_gating.py      (needs torch and pytest alone)"""
 
 import math
+import multiprocessing
+import os
 import random
+import textwrap
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import gating
 from gating import KINDS, drift, gate, gate_stats, gate_weights, segment_drift, segment_index, segment_lengths
 
 
@@ -26,7 +31,7 @@ def padded_gate(new, old, mask, kind, *, tau=1.0, stat="mean", **options):
     """gate() on [B, T]: 0 where mask is False."""
     segments = segment_index(mask, kind, **options)
     out = torch.zeros(mask.shape)
-    out[mask], _ = gate(new[mask], old[mask], segments, tau=0.0 if kind == "none" else tau, stat=stat)
+    out[mask], _ = gate(drift(new[mask], old[mask]), segments, kind, tau=tau, stat=stat)
     return out
 
 
@@ -99,7 +104,7 @@ def test_hand_example():
     old = torch.tensor([[-1.0, -2.0, -3.0, 0.0]])
     new = torch.tensor([[-0.5, -2.1, -4.0, 0.0]])
     mask = torch.tensor([[True, True, True, False]])
-    g, s = gate(new[mask], old[mask], segment_index(mask, "block", block=2))
+    g, s = gate(drift(new[mask], old[mask]), segment_index(mask, "block", block=2))
     torch.testing.assert_close(s, torch.tensor([0.2, 0.2, -1.0]))
     torch.testing.assert_close(g, torch.tensor([0.818731, 0.818731, 0.367879]))
     mean = (0.818731 * 2 + 0.367879) / 3
@@ -111,7 +116,7 @@ def test_hand_example():
 def test_without_drift_every_gate_is_exactly_one(kind):
     """Invariant 1: and then the gated loss equals the base loss bit for bit."""
     new, _, mask, newline = batch()
-    g, s = gate(new[mask], new[mask].clone(), segment_index(mask, kind, newline=newline))
+    g, s = gate(drift(new[mask], new[mask].clone()), segment_index(mask, kind, newline=newline), kind)
     assert (g == 1).all() and (s == 0).all()
     loss = torch.randn(int(mask.sum()))
     assert (g * loss).sum() / g.sum() == loss.sum() / len(loss)
@@ -175,7 +180,7 @@ def test_a_batch_without_response_tokens_is_finite_and_contributes_nothing():
     for kind in KINDS:
         for x in (empty, nothing):
             assert torch.equal(gate_weights(x, x - 1, x.bool(), kind, newline=x.bool()), x)
-        g, s = gate(torch.zeros(0), torch.zeros(0), segment_index(empty.bool(), kind, newline=empty))
+        g, s = gate(torch.zeros(0), segment_index(empty.bool(), kind, newline=empty), kind)
         assert g.shape == s.shape == (0,)
     assert gate_stats(g, s, s) == {}
 
@@ -187,7 +192,7 @@ def test_no_gradient_and_no_writes_to_inputs():
     kept = [x.clone() for x in (new.detach(), old, mask, newline)]
     for kind in KINDS:
         assert not gate_weights(new, old, mask, kind, newline=newline).requires_grad
-        assert not gate(new[mask], old[mask], segment_index(mask, kind, newline=newline))[0].requires_grad
+        assert not gate(drift(new[mask], old[mask]), segment_index(mask, kind, newline=newline), kind)[0].requires_grad
     assert all(torch.equal(a, b) for a, b in zip(kept, (new.detach(), old, mask, newline), strict=True))
 
 
@@ -255,8 +260,8 @@ def test_stats_by_hand():
     g = torch.tensor([1.0, 1.0, 0.5, 0.25])
     d = torch.tensor([0.0, 0.2, -0.6, 1.0])
     expected = {
-        "mean": 0.6875, "min": 0.25, "p05": 0.25, "ess": 2.75**2 / (4 * 2.3125), "below_half": 0.25,
-        "drift_abs": 0.45, "s_abs": 0.45, "s_max": 1.0,
+        "gate/mean": 0.6875, "gate/min": 0.25, "gate/p05": 0.25, "gate/ess": 2.75**2 / (4 * 2.3125),
+        "gate/below_half": 0.25, "gate/drift_abs": 0.45, "gate/s_abs": 0.45, "gate/s_max": 1.0,
     }  # fmt: skip
     stats = {name: float(x) for name, x in gate_stats(g, -d, d).items()}
     assert stats == pytest.approx(expected, abs=1e-5)
@@ -271,7 +276,7 @@ def test_extreme_log_probs_give_finite_gates():
         for kind in KINDS:
             for stat in ("mean", "absmean", "rms"):
                 segments = segment_index(mask, kind, newline=mask)
-                g, s = gate(new[0].to(dtype), old[0].to(dtype), segments, stat=stat)
+                g, s = gate(drift(new[0].to(dtype), old[0].to(dtype)), segments, stat=stat)
                 w = gate_weights(new.to(dtype), old.to(dtype), mask, kind, stat=stat, newline=mask)
                 assert g.isfinite().all() and s.isfinite().all() and w.isfinite().all()
     assert drift(new, old).isfinite().all()
@@ -280,6 +285,78 @@ def test_extreme_log_probs_give_finite_gates():
 def test_gates_that_all_underflow_give_weights_of_zero():
     x = torch.zeros(1, 4)
     assert (gate_weights(x + 1, x, x == 0, "block", tau=1e30) == 0).all()
+
+
+# -----------------------------------------------------------------------------
+# the recipe in the docstring, as it is written there
+
+
+def recipe():
+    """The code of the docstring's recipe."""
+    start = gating.__doc__.index("    gate_sum = torch.zeros")
+    return textwrap.dedent(gating.__doc__[start : gating.__doc__.index("Undo any division")])
+
+
+def model_and_batch(kind):
+    """A linear map from positions to log-probs, and a minibatch of 4 responses on which it has drifted."""
+    _, old, mask, newline = batch(B=4, T=60, seed=KINDS.index(kind))
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(4, 60, 3, generator=generator)
+    model = torch.nn.Linear(3, 1, bias=False)
+    torch.nn.init.constant_(model.weight, 0.4)
+    return model, features, old, mask, newline
+
+
+def one_rank(rank, world, port, kind, queue):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    plain, features, old, mask, newline = model_and_batch(kind)
+    model = torch.nn.parallel.DistributedDataParallel(plain)
+
+    def micro_batches():  # two on each rank, a response in each
+        for row in ([rank], [2 + rank]):
+            logp = model(features[row])[..., 0] - 2
+            yield logp, old[row], logp.square(), mask[row], newline[row]
+
+    names = {
+        "model": plain,
+        "micro_batches": micro_batches(),
+        "device": "cpu",
+        "kind": kind,
+        "dist": dist,
+        "torch": torch,
+    }
+    exec(recipe(), vars(gating) | names)
+    if rank == 0:
+        queue.put([p.grad.tolist() for p in plain.parameters()])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_recipe_of_the_docstring_is_eq_1_over_two_ranks_of_two_micro_batches(kind):
+    model, features, old, mask, newline = model_and_batch(kind)
+    logp = model(features)[..., 0] - 2
+    weights = naive_gate(logp.detach(), old, mask, newline, kind, block=64)
+    ((weights * logp.square() * mask).sum() / weights.sum()).backward()
+
+    fork, port = multiprocessing.get_context("fork"), random.randint(20000, 60000)
+    queue = fork.SimpleQueue()
+    ranks = [fork.Process(target=one_rank, args=(rank, 2, port, kind, queue)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
+    for p, found in zip(model.parameters(), queue.get(), strict=True):
+        torch.testing.assert_close(torch.tensor(found), p.grad, rtol=1e-5, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# arguments
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gating import KINDS, gate, segment_index
+from gating import KINDS, drift, gate, segment_index
 from losses import head_kl, head_logits, head_topk, lsm_loss, opd_loss
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch.profiler, be quiet
@@ -157,7 +157,7 @@ def opd(x):
         return (h @ w.T).float().log_softmax(-1).gather(1, y[:, None])[:, 0]
 
     def ours(head=head_logits):
-        z, lse = head(x.h, x.w, x.y[:, None])
+        z, lse = head(x.h, x.w, None, x.y[:, None])
         return z[:, 0] - lse
 
     def ce():
@@ -192,7 +192,7 @@ def lsm(x, gated=True):
         return lsm_loss((h @ w.T).float().log_softmax(-1).gather(1, ids)[:, 1:], logq[:, 1:])
 
     def ours():
-        z, lse = head_logits(x.h, x.w, x.ids, lse=gated)
+        z, lse = head_logits(x.h, x.w, None, x.ids, want_lse=gated)
         return lsm_loss(z[:, 1:], x.logq[:, 1:])
 
     fns = {
@@ -212,7 +212,7 @@ def teacher(x):
     fns = {
         "naive: log_softmax, topk": lambda: naive(h),
         f"the same, {CHUNK} positions at a time": lambda: [naive(c) for c in h.split(CHUNK)],
-        OURS: lambda: head_topk(h, w, x.K),
+        OURS: lambda: head_topk(h, w, None, x.K),
     }
     return fns, floor(x, backward=False)
 
@@ -241,7 +241,7 @@ def full_kl(x, beta):
     fns = {
         "naive": lambda: naive(x.h, x.w, x.h_t),
         f"torch.utils.checkpoint, {CHUNK} positions": lambda: by_chunk(x, naive, x.h_t),
-        OURS: lambda: head_kl(x.h, x.w, x.h_t, x.w_t, beta=beta)[0],
+        OURS: lambda: head_kl(x.h, x.w, None, x.h_t, x.w_t, None, beta=beta)[0],
         "Liger, fused, mean only": liger and (lambda: fused(False)),
         "Liger, fused, compiled (--compile)": liger and x.compile and (lambda: fused(True)),
         "TRL, chunked divergence": trl and tiled,
@@ -314,6 +314,10 @@ def scale(args):
     table(f"Ours, as N grows. {sizes(args)}", head, rows)
 
 
+def drift_and_gate(logp, old, segments):
+    return gate(drift(logp, old), segments)
+
+
 def gates(args):
     """The gates of N positions in 8 responses, and their segments, beside the OPD loss of the same N."""
     shape = 8, args.N // 8
@@ -323,7 +327,9 @@ def gates(args):
     fns = {}
     for kind in KINDS:
         fns["segments", kind] = partial(segment_index, mask, kind, newline=newline)
-        fns["gate", kind] = partial(gate, logp, old, segment_index(mask, kind, newline=newline).to(args.device))
+        fns["gate", kind] = partial(
+            drift_and_gate, logp, old, segment_index(mask, kind, newline=newline).to(args.device)
+        )
     times = interleaved(fns | {OURS: opd(make_inputs(args))[0][OURS]}, args.runs or 5)
     rows = []
     for kind in KINDS:

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 import data
-import toy
 from bench.losses import table
+from support import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -43,9 +43,9 @@ def our_steps(job):
     import policy
     import rollout
     import train
-    from common import seed_for
     from configs import TrainConfig, parse
-    from teacher import teacher_targets
+    from support.common import seed_for
+    from support.vocabulary import load_tokenizer
 
     flags = {
         "preset": "tiny", "loss": "lsm", "topk": 16, "rollout": "hf", "device": "cpu", "epochs": 1, "minibatches": 1,
@@ -55,12 +55,11 @@ def our_steps(job):
     cfg = parse(TrainConfig, [word for name, value in flags.items() for word in (f"--{name}", str(value))])
     device = torch.device("cpu")
     paths = policy.model_paths(cfg)
-    tokenizer, vocabulary = policy.load_tokenizer(paths, cfg)
+    tokenizer, vocabulary = load_tokenizer(paths, merge_stops=cfg.merge_stops)
     student = policy.load_policy(paths["student"], cfg, vocabulary, device, trainable=True)
     teacher = policy.load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False)
     optimizer = torch.optim.AdamW(student.parameters(), cfg.lr)
-    stops = vocabulary.stop_ids
-    sampler = rollout.make_sampler(cfg, paths["student"], student.lm, tokenizer, vocabulary.size, stops)
+    sampler = rollout.make_sampler(cfg, paths["student"], student.lm, vocabulary)
     prompts = [data.encode(problem, tokenizer) for problem in problems(job)]
     steps = []
     for n in range(job["steps"]):
@@ -70,7 +69,9 @@ def our_steps(job):
         rollouts = rollout.sample_on_all_ranks(sampler, jobs, rollout.sampling_options(cfg))
         (batches,) = data.make_minibatches(rollouts, cfg, n, vocabulary, device)
         for batch in batches:
-            batch.teacher = teacher_targets(teacher, batch, cfg)
+            batch.teacher = policy.teacher_targets(teacher, batch, cfg)
+            with torch.no_grad():
+                batch.logp_old = train.student_outputs(student, batch, cfg)["logp"]
         train.update(student, optimizer, batches, cfg)
         steps.append((time.process_time() - start, sum(len(r.response) for r in rollouts)))
     return steps
@@ -165,8 +166,7 @@ def make_sizes(folder, teacher, student):
     # In a process of its own, because on Linux a child's peak memory begins with its parent's.
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         pool.submit(make_random_pair, folder, VOCAB, hidden=256).result()
-    toy_teacher, toy_student = toy.models()
-    sizes = {"toy": {"teacher": toy_teacher, "student": toy_student, "responses": 64, "max_response": 100, "steps": 13}}
+    sizes = {"toy": {"teacher": toy.TEACHER, "student": toy.STUDENT, "responses": 64, "max_response": 100, "steps": 13}}
     if teacher:
         pair = {"teacher": teacher, "student": student, "responses": 8, "max_response": 32, "steps": 3}
         sizes["--teacher, --student"] = pair

@@ -1,9 +1,19 @@
 """On-policy distillation with the drift gate in TRL's GRPOTrainer: the update of train.py --loss opd --gate block.
 
-    pip install -r requirements.txt "trl>=1.16"
-    python examples/trl_opd_gate.py                        # the toy models, on a CPU
-    python examples/trl_opd_gate.py --student Qwen/Qwen3-1.7B-Base --teacher Thinking-Space/Qwen3-4B-Base-GRPO --data dapo \
-        --learning_rate 2e-6 --max_completion_length 8192  # every setting of GRPOConfig is a flag
+    pip install "trl>=1.16"                              # and gating.py beside this file, or in the folder above
+
+    from trl import GRPOConfig
+    from trl_opd_gate import REQUIRED, OPDTrainer
+
+    args = GRPOConfig(**REQUIRED, num_iterations=2, max_completion_length=100)      # and your own: learning_rate, ...
+    trainer = OPDTrainer(student, teacher, args, train_dataset=prompts)
+    trainer.train()
+
+student and teacher are models, folders or hub names; prompts is a datasets.Dataset with a column "prompt", of texts or of chats.
+
+    python examples/trl_opd_gate.py                      # a demonstration on the toy models, on a CPU; the end of this file
+    python examples/trl_opd_gate.py --student Qwen/Qwen3-1.7B-Base --teacher Thinking-Space/Qwen3-4B-Base-GRPO --data dapo \\
+        --learning_rate 2e-6 --max_completion_length 8192       # every setting of GRPOConfig is a flag
 """
 
 import sys
@@ -11,36 +21,38 @@ from pathlib import Path
 
 import torch
 import trl
-from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM
 
 if tuple(map(int, trl.__version__.split(".")[:2])) < (1, 16):
-    sys.exit(f"trl is {trl.__version__}; this example needs 1.16 or newer: pip install 'trl>=1.16'")
+    raise ImportError(f"trl is {trl.__version__}; this example needs 1.16 or newer: pip install 'trl>=1.16'")
 from trl.trainer.utils import add_fused_lm_head
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the next three are in the folder above
-import data
-import toy
-from gating import gate, segment_index
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from gating import drift, gate, segment_index
 
-# To use the gate in a script of your own, copy gating.py, the imports that you need, and everything from here to main.
-# Other settings change TRL's loss or leave parts of it ungated. Dropout changes log-probs, and would count as drift.
+# With other settings TRL's loss would not be that of train.py, or parts of it not gated. Dropout changes log-probs, and would
+# count as drift. delta is the dual clip.
 REQUIRED = dict(
-    loss_type="dapo", importance_sampling_level="token", beta=0.0, entropy_coef=0.0, use_adaptive_entropy=False,
-    top_entropy_quantile=1.0, router_aux_loss_coef=0.0, disable_dropout=True, vllm_importance_sampling_correction=False,
+    loss_type="dapo", importance_sampling_level="token", epsilon=0.2, delta=3.0, beta=0.0, entropy_coef=0.0,
+    use_adaptive_entropy=False, top_entropy_quantile=1.0, router_aux_loss_coef=0.0, disable_dropout=True,
+    vllm_importance_sampling_correction=False,
     off_policy_mask_threshold=None,  # the gate takes the place of this mask
+    bf16=torch.cuda.is_available(),  # TRL's default, except on a CPU
 )  # fmt: skip
 
 
 class OPDTrainer(trl.GRPOTrainer):
     """GRPOTrainer with the advantage log q(y) - log pi_old(y), q the teacher, and the drift gate in blocks of tokens.
 
-    args is a GRPOConfig with the settings of REQUIRED. ValueError if other settings disable the gate or change it.
+    student, teacher: a model, a folder or a hub name. args: a GRPOConfig with the settings of REQUIRED; ValueError if others
+    disable the gate or change it. train_dataset: a Dataset with a column "prompt".
     """
 
-    def __init__(self, model, teacher, args, tau=1.0, block=64, **options):
-        super().__init__(model, no_reward, args, **options)
+    def __init__(self, student, teacher, args, tau=1.0, block=64, **options):
+        super().__init__(student, no_reward, args, **options)
         check(self, args)
+        if not isinstance(teacher, torch.nn.Module):
+            teacher = AutoModelForCausalLM.from_pretrained(teacher)
         add_fused_lm_head(teacher, temperature=self.temperature)
         self.teacher = self.accelerator.prepare_model(teacher.requires_grad_(False), evaluation_mode=True)
         self.off_policy_mask_threshold = tau  # while this is None, TRL does not call get_off_policy_mask
@@ -60,7 +72,8 @@ class OPDTrainer(trl.GRPOTrainer):
         """The gates [B, T], by which TRL multiplies its loss. They are not normalised here: see training_step."""
         mask = mask.bool()
         segments = segment_index(mask, "block", block=self.block)
-        g, _ = gate(per_token_logps[mask], sampling_per_token_logps[mask], segments, tau=off_policy_threshold)
+        d = drift(per_token_logps[mask], sampling_per_token_logps[mask])
+        g, _ = gate(d, segments, tau=off_policy_threshold)
         if self.model.training:
             self.gate_sum += g.sum()
         return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, g)
@@ -86,7 +99,10 @@ def no_reward(completions, **_):
 
 
 def check(trainer, args):
-    wrong = [f"{k} is {getattr(args, k)!r}; the gate needs {v!r}" for k, v in REQUIRED.items() if getattr(args, k) != v]
+    names = [name for name in REQUIRED if name != "bf16"]
+    wrong = [
+        f"{k} is {getattr(args, k)!r}; the gate needs {REQUIRED[k]!r}" for k in names if getattr(args, k) != REQUIRED[k]
+    ]
     n_micro, n_buffered = args.gradient_accumulation_steps, args.steps_per_generation
     if n_buffered % n_micro:
         wrong.append(f"steps_per_generation is {n_buffered}; gradient_accumulation_steps, {n_micro}, must divide it")
@@ -101,25 +117,34 @@ def check(trainer, args):
         raise ValueError(wrong[0])
 
 
+# -----------------------------------------------------------------------------
+# The demonstration. To use the trainer in a script of your own, import it, or copy all above this line.
+
+
 def main():
+    from datasets import Dataset
+    from transformers import AutoTokenizer, HfArgumentParser
+
+    import data
+    from support import toy
+    from support.vocabulary import shared_size
+
     parser = HfArgumentParser(trl.GRPOConfig)
     for flag in ("--student", "--teacher", "--data"):
         parser.add_argument(flag, default="toy", help="toy, or what train.py takes")
     parser.set_defaults(
-        **REQUIRED, num_iterations=2, delta=3.0, per_device_train_batch_size=16, gradient_accumulation_steps=4,
-        max_completion_length=100, learning_rate=1e-3, max_steps=200, output_dir="out/trl", bf16=torch.cuda.is_available(),
-        report_to="none", save_strategy="no",
+        **REQUIRED, num_iterations=2, per_device_train_batch_size=16, gradient_accumulation_steps=4,
+        max_completion_length=100, learning_rate=1e-3, max_steps=200, output_dir="out/trl", report_to="none", save_strategy="no",
     )  # fmt: skip
     args, flags = parser.parse_args_into_dataclasses()
-    student = toy.models()[1] if flags.student == "toy" else flags.student
-    teacher = toy.models()[0] if flags.teacher == "toy" else flags.teacher
+    student = toy.STUDENT if flags.student == "toy" else flags.student
+    teacher = toy.TEACHER if flags.teacher == "toy" else flags.teacher
     tokenizer = AutoTokenizer.from_pretrained(student)
-    data.shared_vocab(tokenizer, AutoTokenizer.from_pretrained(teacher))  # ValueError if their tokens differ
+    shared_size(tokenizer, AutoTokenizer.from_pretrained(teacher))  # ValueError if their tokens differ
     # The prompts of train.py, as text; TRL adds BOS itself.
     ids = [data.encode(problem, tokenizer) for problem in data.load(flags.data, seed=args.seed)]
     texts = [text.removeprefix(tokenizer.bos_token or "") for text in tokenizer.batch_decode(ids)]
-    prompts = Dataset.from_dict({"prompt": texts})
-    trainer = OPDTrainer(student, AutoModelForCausalLM.from_pretrained(teacher), args, train_dataset=prompts)
+    trainer = OPDTrainer(student, teacher, args, train_dataset=Dataset.from_dict({"prompt": texts}))
     trainer.train()
     trainer.save_model()
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from common import read_jsonl
-from plot import pyplot
+from support.files import read_jsonl
+from support.plot import pyplot
 
 ARMS = ("opd_old", "opd_current", "lsm")
 REUSES = ("heavy", "light")

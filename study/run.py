@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 
-import toy
-from common import read_jsonl
 from study import report
+from study.pretrain_toy import pretrain, recipe_of
+from support.files import EVALUATIONS, METRICS, read_jsonl
 
 ARMS = {"opd_old": "--loss opd --advantage old", "opd_current": "--loss opd --advantage current", "lsm": "--loss lsm"}
 # Question 1 of the third edition: which loss bears reuse?
@@ -94,8 +94,10 @@ def pair_flags(name) -> str:
     pair = name.split("/")[0]
     if not pair.isdigit():
         return ""
-    teacher, student = toy.models(recipe=toy.recipe_of(int(pair)))
-    return f"--teacher {teacher} --student {student}"
+    if pair == "7":  # the one that comes with the code
+        return ""
+    pretrain(Path("out/pairs", pair), recipe_of(int(pair)))
+    return f"--teacher out/pairs/{pair}/teacher --student out/pairs/{pair}/student"
 
 
 def run_cell(name, flags, args):
@@ -108,9 +110,7 @@ def run_cell(name, flags, args):
         exit_code = subprocess.run(argv, stdout=log, stderr=log).returncode
     if exit_code or not (folder / "final").exists():  # a run that was stopped exits with 0
         return None
-    rows = read_jsonl(folder / "metrics.jsonl")
-    steps = [row for row in rows if "lr" in row]
-    evaluations = [row for row in rows if "lr" not in row]
+    steps, evaluations = read_jsonl(folder / METRICS), read_jsonl(folder / EVALUATIONS)
     for checkpoint in folder.glob("step-*"):
         shutil.rmtree(checkpoint)
     return {

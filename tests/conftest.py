@@ -1,14 +1,48 @@
-"""Fixtures that several test files use."""
+"""Fixtures that several test files use, and a machine that is the same wherever the tests are started.
+
+There is no network but the loopback, and signals do what they do in a terminal: a shell that starts pytest with & or nohup
+makes it ignore some of them.
+"""
+
+import os
+import signal
+import socket
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before these libraries are imported
 
 import pytest
 import torch
+from helpers import tiny_model
 
 import data
 import policy
 import rollout
-import toy
+import train
 from configs import FULL_VOCABULARY_LOSSES, TrainConfig, parse
-from teacher import teacher_targets
+from policy import teacher_targets
+from support import toy
+from support.vocabulary import Vocabulary, newline_ids
+
+for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, handler)
+
+connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+
+def connect_here(self, address):
+    if self.family in (socket.AF_INET, socket.AF_INET6) and not address[0].startswith(("127.", "::1", "localhost")):
+        raise OSError(f"no network in tests: {address}")
+    return connect(self, address)
+
+
+def getaddrinfo_here(host, *args, **options):
+    if host not in (None, "", "localhost", "127.0.0.1", "::1", socket.gethostname()):
+        raise socket.gaierror(f"no network in tests: {host}")
+    return getaddrinfo(host, *args, **options)
+
+
+socket.socket.connect, socket.getaddrinfo = connect_here, getaddrinfo_here
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +51,7 @@ def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
     torch.set_num_threads(1)
     for role, hidden, heads in (("teacher", 64, 2), ("student", 32, 2)):
-        lm = toy.model(hidden, heads, seed=len(role))
+        lm = tiny_model(hidden, heads, seed=len(role))
         lm.model.embed_tokens.weight.data *= 4  # far enough from uniform to disagree
         lm.save_pretrained(root / role)
         toy.tokenizer().save_pretrained(root / role)
@@ -35,10 +69,15 @@ def ragged_rollouts():
     return rollouts
 
 
+@torch.no_grad()
+def old_logprobs(student, batch, cfg, teacher_head=None):
+    return train.student_outputs(student, batch, cfg, teacher_head)["logp"]
+
+
 def toy_vocabulary(stop_ids=(2,), merged=()):
     """The toy's, or that of the random pair."""
-    newline_ids = data.newline_token_ids(toy.tokenizer(), len(toy.VOCAB))
-    return data.Vocabulary(len(toy.VOCAB), newline_ids, list(stop_ids), list(merged))
+    newlines = newline_ids(toy.tokenizer(), len(toy.VOCAB))
+    return Vocabulary(len(toy.VOCAB), newlines, list(stop_ids), list(merged))
 
 
 @pytest.fixture
@@ -54,9 +93,10 @@ def scene(pair):
         student = policy.load_policy(pair[1], cfg, vocabulary, cpu, trainable=True)
         teacher = policy.load_policy(pair[0], cfg, vocabulary, cpu, trainable=False)
         minibatches = data.make_minibatches(ragged_rollouts(), cfg, 0, vocabulary, "cpu")
+        head = policy.whole_head(teacher) if cfg.loss in FULL_VOCABULARY_LOSSES else None
         for batch in [batch for minibatch in minibatches for batch in minibatch]:
             batch.teacher = teacher_targets(teacher, batch, cfg)
-        head = policy.head_weights(teacher) if cfg.loss in FULL_VOCABULARY_LOSSES else None
+            batch.logp_old = old_logprobs(student, batch, cfg, head)
         return student, teacher, minibatches, cfg, head
 
     return make

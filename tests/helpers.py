@@ -8,13 +8,18 @@ import multiprocessing
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+import rollout
 import train
 from configs import TrainConfig, parse
+from study.pretrain_toy import model as tiny_model  # noqa: F401  a Qwen3 with random weights
+from support import toy
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare runs bit by bit, and fork
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,23 +48,71 @@ def run(pair, out, **options):
 
 
 def metrics(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return rows_of(out, "metrics.jsonl")
+
+
+def evaluations(out):
+    return rows_of(out, "evaluations.jsonl")
+
+
+def rows_of(out, name):
+    return [json.loads(line) for line in (Path(out) / name).read_text().splitlines()]
 
 
 def outcome(out):
-    """(metrics but times, final weights). The metrics hold a checksum of every step's rollouts."""
+    """(metrics but times, evaluations, final weights). The metrics hold a checksum of every step's rollouts."""
     rows = [{k: v for k, v in row.items() if not k.startswith(("time", "tokens_per_s"))} for row in metrics(out)]
-    return rows, load_file(Path(out) / "final" / "model.safetensors")
+    return rows, evaluations(out), load_file(Path(out) / "final" / "model.safetensors")
 
 
 def same(a, b):
     """Whether two finished runs agree bit for bit."""
-    return outcome(a)[0] == outcome(b)[0] and far(outcome(a)[1], outcome(b)[1]) == 0
+    *ours, our_weights = outcome(a)
+    *theirs, their_weights = outcome(b)
+    return ours == theirs and far(our_weights, their_weights) == 0
 
 
 def far(a, b):
     """Largest relative difference of two state dicts' tensors."""
     return max(float((a[name] - b[name]).norm() / b[name].norm()) for name in b)
+
+
+SMALL = dict(save_every=1, keep=9, eval_every=0, schedule="constant")
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def questions(path, n, length=3):
+    return write_jsonl(path, [{"problem": str(i) * length + "=?", "answer": str(i)} for i in range(n)])
+
+
+def refused(argv, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        train.main(parse(TrainConfig, argv))
+    assert "\n" not in str(stop.value.code)
+
+
+def slow_sampling():
+    draw = rollout.Draw.__call__
+    rollout.Draw.__call__ = lambda *args: time.sleep(0.02) or draw(*args)
+
+
+def chat_tokenizer(template):
+    tokenizer = toy.tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def graded_row(i, sample):
+    return dict(data="q", problem=f"q-{i}", sample=sample, seed=0, tokens=3, finish="stop", gold="1", text="\\boxed{1}",
+                answer="1", correct=True, reason="equal")  # fmt: skip
+
+
+def steps_of(out):
+    return sorted(path.name for path in Path(out).glob("step-*"))
 
 
 # -----------------------------------------------------------------------------

@@ -56,12 +56,11 @@ def passes(monkeypatch, cuda_switches):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     for module, function, name in (
-        (policy, "check_head", "loading"), (train, "token_logprobs", "old log-probs"), (train, "update", "training"),
-        (evaluate, "evaluate_student", "evaluation"), (rollout.HFSampler, "generate", "generate()"),
+        (policy, "check_head", "loading"), (train, "student_outputs", "old log-probs"), (train, "update", "training"),
+        (train, "evaluate_student", "evaluation"), (rollout.HFSampler, "generate", "generate()"),
+        (policy, "teacher_targets", "teacher"),
     ):  # fmt: skip
         monkeypatch.setattr(module, function, named(name, getattr(module, function)))
-    targets = train.load_teacher.__globals__["teacher_targets"]
-    monkeypatch.setitem(train.load_teacher.__globals__, "teacher_targets", named("teacher", targets))
     choose = policy.choose_attention_kernels
     for module in (train, evaluate):
         monkeypatch.setattr(module, "choose_attention_kernels", lambda device: choose(torch.device("cuda")))
@@ -91,11 +90,11 @@ def test_an_evaluation_may_use_the_same_kernels(pair, tmp_path, passes):
         pair[1],
         "--data",
         "toy",
-        "--limit",
+        "--eval_problems",
         "2",
         "--k",
         "1",
-        "--max_tokens",
+        "--max_response",
         "4",
         "--out",
         str(tmp_path),

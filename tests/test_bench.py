@@ -15,6 +15,7 @@ import policy
 from bench import losses as bench
 from bench import step as bench_step
 from configs import TrainConfig, parse
+from support.vocabulary import load_tokenizer
 
 GPU_SH = Path(bench.__file__).parent / "gpu.sh"
 
@@ -127,13 +128,19 @@ def test_gpu_sh_runs_at_a_tiny_size():
     for title in ("opd: 32 rollouts, sampled", "lsm: 32", "opd: 4 rollouts, made up, 128 response tokens", "lsm: 4"):
         assert sum(title in x for x in steps) == 1, title
     for body in steps.values():
-        for phase in ("teacher", "update 1", "update 2"):
+        for phase in ("teacher", "old log-probs", "update 1", "update 2"):
             assert re.search(rf"\| {phase} \| [\d.]+ \| 0 \| \d+ \|", body)
         losses = [float(x) for x in re.findall(r"update .* (\S+) \|\n", body)]
         assert len(losses) == 2 and losses[0] != losses[1]
     # two layers, and once more in the backward pass
     assert "| a training pass | _scaled_dot_product_flash_attention_for_cpu | 4 |" in tables["Attention kernels"]
-    assert len(re.findall(r"\| 6[14] \| [\d.]+ \| [\d.]+ \|", out)) == 2  # the head's widths
+    assert len(re.findall(r"\| 6[14] \| [\d.]+ \| [\d.]+ \([\d.]+\) \|", out)) == 2  # of the head's positions
+    (layers,) = [body for title, body in tables.items() if title.startswith("Decoder layers")]
+    assert re.search(
+        r"\| compile \| [\d.]+ \| [\d.]+ \| [\d.]+ \| \d+ \| \d\.\de-0[678] \|", layers
+    )  # the difference of log-probs
+    if importlib.util.find_spec("vllm") is None:
+        assert "No vLLM for cpu here" in out
     for title, _ in bench.TASKS.values():
         assert title in out
 
@@ -141,17 +148,24 @@ def test_gpu_sh_runs_at_a_tiny_size():
 def test_gpu_sh_goes_on_after_a_failure_and_takes_ten_minutes_at_most(tmp_path, monkeypatch):
     """With a `python` that prints its arguments, and fails for the steps; the flags for a GPU are ones that exist."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *bench.gpu*) exit 3;; esac\n')
+    python.write_text('#!/bin/sh\necho "$@"\ncase "$*" in *steps*) exit 3;; esac\n')
     python.chmod(0o755)
     code, out = run_gpu_sh(tmp_path)
     lines = out.splitlines()
-    assert code == 1 and lines[:2] == ["-m bench.gpu", "FAILED: python -m bench.gpu"] and len(lines) == 4
-    args = [arguments(monkeypatch, *line.split()[3:]) for line in lines[2:]]
+    failed = ["-m bench.gpu steps", "FAILED: python -m bench.gpu steps"]
+    assert code == 1 and lines[:5] == ["-m bench.gpu head", *failed, "-m bench.gpu layers", "-m bench.gpu sampling"]
+    args = [arguments(monkeypatch, *line.split()[3:]) for line in lines[5:]]
     assert [x.tasks for x in args] == [["opd", "lsm", "lsm_free", "teacher"], ["rkl", "jsd"]]
     assert all((x.device, x.dtype, x.H, x.Ht) == ("cuda", "bfloat16", 2048, 2560) for x in args)
-    limits = re.findall(r"^ *run (\d+) .*--device cuda|^    run (\d+) python -m bench.gpu$", GPU_SH.read_text(), re.M)
-    seconds = [int(a or b) for a, b in limits]
-    assert seconds[0] * 2 + seconds[1] <= 600, limits
+    limits = [
+        int(x)
+        for x in re.findall(
+            r"^ *run (\d+) python -m bench.(?:gpu|losses losses --device cuda)", GPU_SH.read_text(), re.M
+        )
+    ]
+    assert len(limits) == 5 and sum(limits) + limits[0] <= 600, (
+        limits
+    )  # bench.losses, the first in the file, runs twice
 
 
 has_trl = importlib.util.find_spec("trl") is not None
@@ -162,7 +176,8 @@ def sizes(pair, tmp_path_factory):
     """As `bench.step trl` makes them, but with 320 tokens in the random pair's vocabulary, and short."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bench_step, "VOCAB", 320)
-        patch.setattr(bench_step.toy, "models", lambda: pair)
+        patch.setattr(bench_step.toy, "TEACHER", pair[0])
+        patch.setattr(bench_step.toy, "STUDENT", pair[1])
         sizes = bench_step.make_sizes(tmp_path_factory.mktemp("random"), *pair)
     return {name: job | {"responses": 2, "max_response": 8, "steps": 2} for name, job in sizes.items()}
 
@@ -172,7 +187,7 @@ def test_the_random_pair_uses_its_whole_vocabulary(sizes):
     job = sizes["random Qwen3, V 320, 4,096 tokens"]
     flags = ["--preset", "tiny", "--teacher", job["teacher"], "--student", job["student"]]
     cfg = parse(TrainConfig, flags)
-    _, vocabulary = policy.load_tokenizer(policy.model_paths(cfg), cfg)
+    _, vocabulary = load_tokenizer(policy.model_paths(cfg))
     assert vocabulary.size == 320
 
 

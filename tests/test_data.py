@@ -1,21 +1,24 @@
 """python -m pytest tests/test_data.py"""
 
+import gzip
 import json
+import shutil
 
 import pytest
 import torch
 from conftest import toy_vocabulary
 from datasets import Dataset
-from helpers import SHARED
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from helpers import SHARED, SMALL, chat_tokenizer, flags, questions, refused, run, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import data
+import evaluate
 import gating
-import toy
-from configs import TEMPLATES, TrainConfig
-from policy import end_of_turn, stop_ids
+from configs import TEMPLATES, EvalConfig, TrainConfig, parse
 from rollout import Rollout
+from support import common, toy
+from support.vocabulary import end_of_turn, newline_ids, shared_size, stop_ids
 
 REAL = SHARED / "data"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"the real benchmarks are not at {REAL}")
@@ -33,7 +36,7 @@ def bpe():
 
 
 def test_newline_tokens_come_from_the_decoded_vocabulary(bpe):
-    ids = data.newline_token_ids(bpe, len(bpe))
+    ids = newline_ids(bpe, len(bpe))
     text = "So x is 2.\n\nNext, y.\n\na = b\n"
     tokens = bpe(text, add_special_tokens=False)["input_ids"]
     assert any(len(bpe.decode([i])) > 1 for i in ids)  # such as ".\n\n"
@@ -82,7 +85,7 @@ def test_stops_and_newlines_of_the_real_tokenizer():
     assert end_of_turn(tokenizer) == [151645]
     base = GenerationConfig(eos_token_id=151643)  # what Qwen3-1.7B-Base's file says
     assert stop_ids(tokenizer, base) == [151643, 151645]
-    newlines = data.newline_token_ids(tokenizer, len(tokenizer))
+    newlines = newline_ids(tokenizer, len(tokenizer))
     text = "So x = 2.\n\nThen y = 3,\n so z."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert [i in newlines for i in ids] == ["\n" in tokenizer.decode([i]) for i in ids]
@@ -153,11 +156,11 @@ def test_overlong_prompts_are_left_out_and_counted():
 def test_shared_vocab_compares_maps_not_sizes():
     small, padded, other = toy.tokenizer(), toy.tokenizer(), toy.tokenizer()
     padded.add_tokens(["<pad-1>", "<pad-2>"])
-    assert data.shared_vocab(small, padded) == data.shared_vocab(padded, small) == len(toy.VOCAB)
+    assert shared_size(small, padded) == shared_size(padded, small) == len(toy.VOCAB)
     vocab = {**toy.ID, "a": toy.ID["b"], "b": toy.ID["a"]}
     swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="<unk>")))
     with pytest.raises(ValueError, match="2 tokens differ"):
-        data.shared_vocab(other, swapped)
+        shared_size(other, swapped)
 
 
 def rollouts(n=11):
@@ -208,3 +211,205 @@ def test_packing_keeps_to_the_budget_longest_first():
         and widths == sorted(widths)[::-1]
     )
     assert [len(group) for group in data.pack(rollouts(3), 1)] == [1, 1, 1]
+
+
+def test_overlong_prompts_are_left_out_before_the_first_step(pair, tmp_path, capsys):
+    """1 of 4 prompts fits. Two steps need it six times."""
+    rows = [{"problem": "1" * n, "answer": "1"} for n in (5, 90, 91, 92)]
+    file = write_jsonl(tmp_path / "a.jsonl", rows)
+    rows, _ = run(pair, tmp_path / "run", data=file, template="raw", max_prompt=64)
+    assert (
+        len(rows) == 2
+        and "3 of 4 training prompts are longer than --max_prompt, and left out" in capsys.readouterr().out
+    )
+
+
+def test_prompt_ids_past_the_embedding_are_one_line(pair, tmp_path):
+    """Chat tokens that were added to the tokenizer, with a model that was not resized."""
+    folders = []
+    for role, folder in zip(("teacher", "student"), pair, strict=True):
+        shutil.copytree(folder, tmp_path / role)
+        tokenizer = toy.tokenizer()
+        tokenizer.add_tokens(["<|im_start|>"])
+        tokenizer.chat_template = "<|im_start|>{{ messages[0]['content'] }}"
+        tokenizer.save_pretrained(tmp_path / role)
+        folders.append(tmp_path / role)
+    message = r"has the token '<\|im_start\|>' with id 42, but the model knows 42 ids: resize its embeddings"
+    refused(flags(folders, tmp_path / "run"), message)
+    options = ["--model", str(folders[1]), "--data", "toy", "--out", str(tmp_path / "ev")]
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(parse(EvalConfig, options))
+
+
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_a_template_that_refuses_the_messages_is_one_line(pair, tmp_path, role):
+    """Gemma's refuses a system message; some refuse an answer at the end."""
+    shutil.copytree(pair[1], tmp_path / "student")
+    tokenizer = toy.tokenizer()
+    refuse = "{% if m['role'] == '" + role + "' %}{{ raise_exception('no " + role + "') }}{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}" + refuse + "{{ m['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "student")
+    messages = [{"role": "user", "content": "1+1=?"}]
+    messages.insert(0 if role == "system" else 1, {"role": role, "content": "ab"})
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": "q7", "prompt": messages, "answer": "2"}])
+    message = f"refuses problem q7 with messages of the roles .*{role}.*: no {role}.*--template plain"
+    refused(flags((pair[0], tmp_path / "student"), tmp_path / "run", data=file), message)
+    options = ["--model", str(tmp_path / "student"), "--data", str(file), "--out", str(tmp_path / "ev")]
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(parse(EvalConfig, options))
+
+
+def test_a_home_that_cannot_be_written_names_the_variable_to_set(tmp_path, monkeypatch):
+    import datasets
+
+    datasets.Dataset.from_list([{"problem": "1", "answer": "1"}]).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(ValueError, match="a.parquet: .*set HF_HOME to a folder that can be written to"):
+        data.load(str(tmp_path / "a.parquet"))
+
+
+def test_two_problems_with_one_id_are_refused_in_training_and_in_evaluation(pair, tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"id": i // 2, "problem": f"{i}=?", "answer": "1"} for i in range(4)])
+    message = "rows 1 and 2, have the id '0'; every problem needs its own"
+    refused(flags(pair, tmp_path / "run", eval_data=file, eval_every=1), message)
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(parse(EvalConfig, ["--model", pair[1], "--data", str(file), "--out", str(tmp_path / "ev")]))
+    assert [p.id for p in sorted(data.load(str(file), seed=0), key=lambda p: p.prompt)] == ["0", "0-1", "1", "1-3"]
+
+
+def test_a_problem_without_an_id_gets_its_rows_number(tmp_path):
+    rows = [{"id": id, "problem": f"{i}=?", "answer": "1"} for i, id in enumerate((None, "x", "", " "))]
+    assert [p.id for p in data.load(str(write_jsonl(tmp_path / "a.jsonl", rows)))] == ["a-0", "x", "a-2", "a-3"]
+
+
+def test_every_sample_of_a_step_has_a_seed_of_its_own(pair, tmp_path):
+    """Two problems for four prompts of a step."""
+    rows, _ = run(pair, tmp_path / "run", data=questions(tmp_path / "q.jsonl", 2), template="raw", prompts=4, group=3)
+    assert [row["rollout/distinct"] for row in rows] == [1, 1]
+    problem = data.Problem("a", "1", "1")
+    prompts = data.TrainingPrompts([(problem, [5])], 9, seed=0)
+    jobs = prompts.jobs_of_step(0, 3, 4) + prompts.jobs_of_step(1, 3, 4)
+    assert len({seed for _, seed in jobs}) == 24
+    assert [seed for _, seed in jobs[:4]] == [common.seed_for(0, 0, "a", i) for i in range(4)]
+
+
+def test_a_data_file_that_has_changed_is_refused_on_resume(pair, tmp_path):
+    file = questions(tmp_path / "q.jsonl", 6)
+    run(pair, tmp_path / "run", data=file, template="raw", **SMALL)
+    questions(tmp_path / "q.jsonl", 6, length=4)
+    argv = flags(pair, tmp_path / "run", data=file, template="raw", **SMALL | dict(resume="true", steps=3))
+    refused(argv, "--resume: the training prompts are not those that the run began with")
+
+
+def test_an_empty_gold_answer_is_refused_in_evaluation(tmp_path):
+    file = write_jsonl(tmp_path / "a.jsonl", [{"problem": "1", "answer": "1"}, {"problem": "2", "answer": " "}])
+    with pytest.raises(ValueError, match="a.jsonl, row 2: answer is empty; evaluation needs an answer"):
+        data.load(str(file))
+    assert len(data.load(str(file), seed=0)) == 2  # training does not
+
+
+CHAT = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "1?"}, {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "3?"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("template", ["raw", "plain", "Q: {question}\\nA:"])
+def test_text_templates_keep_the_system_message_and_earlier_turns(template):
+    class Words:
+        chat_template = bos_token_id = None
+
+        def __call__(self, text):
+            return {"input_ids": text}
+
+    text = data.encode(data.Problem("a", CHAT, "4"), Words(), template)
+    assert "Be brief.\n\n1?\n\n2\n\n3?" in text
+
+
+def test_a_text_template_that_begins_with_bos_gets_no_second_one():
+    tokenizer = toy.tokenizer()
+    ids = data.encode(data.Problem("a", "1+1", "2"), tokenizer, "<bos>{question}")
+    assert tokenizer.decode(ids) == "<bos>1+1"
+
+
+def test_data_files_of_many_kinds(tmp_path):
+    rows = [{"problem": "é1", "answer": "1"}, {"problem": "2", "answer": "2"}]
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + lines.encode())
+    (tmp_path / "UPPER.JSONL").write_text(lines)
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    (tmp_path / "table.csv").write_text('problem,answer\né1,1\n"2",2\n')
+    with gzip.open(tmp_path / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(lines)
+    for name in ("bom.jsonl", "UPPER.JSONL", "list.json", "table.csv", "a.jsonl.gz"):
+        problems = data.load(str(tmp_path / name))
+        assert [(p.prompt, p.answer) for p in problems] == [("é1", "1"), ("2", "2")], name
+
+
+def test_a_corrupt_line_is_named_by_its_number(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"problem": "1", "answer": "1"}\n\n{"problem": \n')
+    with pytest.raises(ValueError, match="a.jsonl is not a readable jsonl file: line 3: "):
+        data.load(str(tmp_path / "a.jsonl"))
+
+
+def test_an_assistants_prefill_is_continued():
+    template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+    template += "{% if add_generation_prompt %}a:{% endif %}"
+    tokenizer = chat_tokenizer(template)
+    chat = [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "2+"}]
+    text = "".join(tokenizer.convert_ids_to_tokens(data.encode(data.Problem("a", chat, "4"), tokenizer)))
+    assert text.endswith("2+") and text.count("a:") == 1
+
+
+def test_template_args_reach_the_chat_template(pair, tmp_path):
+    template = "{% if enable_thinking %}a{% else %}b{% endif %}"
+    tokenizer = chat_tokenizer(template)
+    chat = data.Problem("a", [{"role": "user", "content": "1?"}], "4")
+    encoded = [
+        tokenizer.decode(data.encode(chat, tokenizer, "auto", args)) for args in ('{"enable_thinking": true}', "{}")
+    ]
+    assert encoded == ["a", "b"]
+    for wrong in ("[1]", "{"):
+        with pytest.raises(SystemExit):
+            parse(TrainConfig, flags(pair, tmp_path, template_args=wrong))
+
+
+def test_the_toys_problems_are_held_out_only_if_it_trains_on_them(tmp_path):
+    tokenizer = toy.tokenizer()
+    cfg = parse(
+        TrainConfig, ["--preset", "tiny", "--max_prompt", "200", "--data", str(questions(tmp_path / "q.jsonl", 2))]
+    )
+    assert data.load_problems(cfg, tokenizer, 42)[1] == {}
+    cfg = parse(TrainConfig, ["--preset", "tiny", "--eval_problems", "3"])
+    assert [len(prompts) for prompts in data.load_problems(cfg, tokenizer, 42)[1].values()] == [3]
+
+
+def test_repeated_rows_cost_no_problem_its_place(tmp_path, monkeypatch):
+    """A cap on problems, not on rows: DAPO's file repeats each about 100 times."""
+    monkeypatch.setattr(data, "MAX_PROBLEMS", 9)
+    rows = [{"problem": str(i % 9), "answer": "1"} for i in range(900)]
+    file = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    assert sorted(p.prompt for p in data.load(file, seed=1)) == [str(i) for i in range(9)]
+    monkeypatch.setattr(data, "MAX_PROBLEMS", 4)
+    assert len(data.load(file, seed=1)) == 4
+
+
+def test_a_prompt_does_not_end_in_eos():
+    """vllm-project/vllm#7491: with add_eos_token the model sees a text that is over."""
+    tokenizer = toy.tokenizer()
+    both = [("<bos>", toy.ID["<bos>"]), ("<eos>", toy.ID["<eos>"])]
+    ends = processors.TemplateProcessing(single="<bos> $A <eos>", special_tokens=both)
+    tokenizer.backend_tokenizer.post_processor = ends
+    for template in ("raw", "plain", "1+1={question}"):
+        expected = data.encode(data.Problem("a", "1+1", "2"), toy.tokenizer(), template)
+        assert data.encode(data.Problem("a", "1+1", "2"), tokenizer, template) == expected
+    text = tokenizer.decode(data.encode(data.Problem("a", "1+1", "2"), toy.tokenizer(), "{question}<eos>"))
+    assert text == "<bos>1+1<eos>"  # asked for
+
+
+def test_a_template_that_names_the_date_gives_the_same_prompt_every_day():
+    """sgl-project/sglang#3296, oobabooga/textgen#6692. A run that went on after midnight was refused: other prompts."""
+    tokenizer = chat_tokenizer("{{ strftime_now('%Y%m%d') }}{{ messages[0]['content'] }}")
+    chat = data.Problem("a", [{"role": "user", "content": "1+1"}], "2")
+    assert tokenizer.decode(data.encode(chat, tokenizer)) == "202501011+1"

@@ -48,7 +48,7 @@ def test_once_there_is_a_folder_the_traceback_is_in_it(pair, tmp_path, monkeypat
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: rollout.vllm_device())
     with pytest.raises(SystemExit, match=f"^train.py: {LINE}traceback in {tmp_path}/a/error-0.log\\)$"):
         train.main(parse_train(flags(pair, tmp_path / "a")))
-    options = ["--model", pair[1], "--data", "toy", "--limit", "2", "--k", "1", "--out", str(tmp_path / "b")]
+    options = ["--model", pair[1], "--data", "toy", "--eval_problems", "2", "--k", "1", "--out", str(tmp_path / "b")]
     with pytest.raises(SystemExit, match=f"^evaluate.py: {LINE}traceback in {tmp_path}/b/error-0.log\\)$"):
         evaluate.main(parse(EvalConfig, options))
     for folder in "ab":

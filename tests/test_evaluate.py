@@ -4,19 +4,27 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
+import threading
 import time
 
 import numpy as np
 import pytest
+import torch
 import transformers
+from helpers import graded_row, join, start_ranks, write_jsonl
 
+import data
 import evaluate
-import report
 import rollout
-from common import seed_for
-from configs import EvalConfig
+from configs import EvalConfig, parse
 from data import Problem
+from support import grade, report, statistics, toy
+from support.common import seed_for
+from support.grade import Grader
+from support.statistics import read_rows
+from support.vocabulary import Vocabulary
 
 
 class FakeTokenizer:
@@ -58,28 +66,54 @@ SAMPLING = dict(max_tokens=8, temperature=1.0, top_p=0.9, top_k=0)
 
 
 def test_evaluate_counts_what_the_sampler_gave():
-    found, rows = evaluate.evaluate(FakeSampler(), FakeTokenizer(), PROMPTS, k=2, n=4, batch=12, **SAMPLING)
+    rows = evaluate.evaluate(FakeSampler(), FakeTokenizer(), PROMPTS, k=2, n=4, batch=12, **SAMPLING)
+    found = statistics.metrics(rows, 2)
     assert list(found) == ["pass@2", "mean@4", "truncated", "length", "no_answer"]
     seeds = [[seed_for("eval", 0, p.id, i) for i in range(4)] for p in PROBLEMS]
     assert [row["seed"] for row in rows] == sum(seeds, [])
     right = [[seed % 3 == 0 for seed in of] for of in seeds]
     assert found["mean@4"] == pytest.approx(np.mean(right))
-    assert found["pass@2"] == pytest.approx(report.pass_at_k(4, [sum(x) for x in right])[:, 1].mean())
+    assert found["pass@2"] == pytest.approx(statistics.pass_at_k(4, [sum(x) for x in right])[:, 1].mean())
     assert found["truncated"] == pytest.approx(np.mean([row["seed"] % 5 == 0 for row in rows]))
     assert found["no_answer"] == 0
 
 
-def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypatch):
-    named = [("set", *prompt) for prompt in PROMPTS]
-    whole = [job for part in evaluate.split_jobs(named, 2, 1000) for job in part]
-    assert [job for part in evaluate.split_jobs(named, 2, 3) for job in part] == whole
-    assert [len(part) for part in evaluate.split_jobs(named, 2, 7)] == [6, 6, 6, 2]
-    shares = []
-    for rank in range(3):
-        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(evaluate, "world_size", lambda: 3)
-        shares += [job[1].id for part in evaluate.split_jobs(named, 1, 2) for job in part]
-    assert sorted(shares) == sorted(p.id for p in PROBLEMS)
+@pytest.mark.parametrize("batch", [1, 3, 7, 1000])
+def test_rows_come_in_order_on_every_rank_whatever_the_batch(monkeypatch, batch):
+    """Three ranks, which are threads here, share the problems."""
+    named, done = [("set", *prompt) for prompt in PROMPTS], {("set", "p3", 1)}
+    expected = [(p.id, i) for p in PROBLEMS for i in range(2) if (p.id, i) != ("p3", 1)]
+    this, barrier, shares, found = threading.local(), threading.Barrier(3), {}, {}
+
+    def gather(rows):
+        shares[this.rank] = rows
+        barrier.wait()
+        parts = [shares[rank] for rank in range(3)]
+        barrier.wait()
+        return parts
+
+    monkeypatch.setattr(evaluate, "rank", lambda: this.rank)
+    monkeypatch.setattr(evaluate, "world_size", lambda: 3)
+    monkeypatch.setattr(evaluate, "gather", gather)
+    samplers = [FakeSampler() for _ in range(3)]
+
+    def one_rank(rank):
+        this.rank = rank
+        with Grader(workers=1) as grader:
+            options = dict(seed=0, batch=batch, **SAMPLING)
+            parts = evaluate.answer_all(
+                samplers[rank], FakeTokenizer(), evaluate.jobs_of(named, 2, done), grader, **options
+            )
+            found[rank] = [(row["problem"], row["sample"]) for rows in parts for row in rows]
+
+    threads = [threading.Thread(target=one_rank, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert found == dict.fromkeys(range(3), expected)
+    assert sum(sum(sampler.calls) for sampler in samplers) == len(expected)
+    assert max(max(sampler.calls) for sampler in samplers) <= max(batch, 2)  # the samples of a problem stay together
 
 
 # -----------------------------------------------------------------------------
@@ -89,7 +123,7 @@ def test_parts_do_not_depend_on_the_batch_and_ranks_share_the_problems(monkeypat
 def make_config(tmp_path, **settings):
     data = tmp_path / "set.jsonl"
     data.write_text("".join(json.dumps(dict(id=p.id, problem=p.prompt, answer=p.answer)) + "\n" for p in PROBLEMS))
-    defaults = dict(model="fake", data=str(data), out=str(tmp_path / "out"), k=2, n=4, batch=8, max_tokens=8)
+    defaults = dict(model="fake", data=str(data), out=str(tmp_path / "out"), k=2, n=4, batch=8, max_response=8)
     return EvalConfig(**defaults | settings)
 
 
@@ -97,8 +131,9 @@ def without_model(monkeypatch):
     """evaluate.py with a sampler and a tokenizer that need no model; the sampler."""
     sampler = FakeSampler()
     context = transformers.PretrainedConfig(max_position_embeddings=512, vocab_size=256)
-    for auto, found in ((transformers.AutoTokenizer, FakeTokenizer()), (transformers.AutoConfig, context)):
-        monkeypatch.setattr(auto, "from_pretrained", lambda *_, found=found, **__: found)
+    vocabulary = Vocabulary(256, set(), [], [])
+    monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_, **__: (FakeTokenizer(), vocabulary))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: context)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)
     return sampler
 
@@ -110,20 +145,16 @@ def fake(monkeypatch):
 
 def test_the_command_keeps_every_completion_and_its_settings(tmp_path, fake, capsys):
     evaluate.main(make_config(tmp_path, paper=True))
-    rows = report.read_rows(tmp_path / "out")
+    rows = read_rows(tmp_path / "out")
     assert [(row["problem"], row["sample"]) for row in rows] == [(p.id, i) for p in PROBLEMS for i in range(4)]
     assert {"seed", "text", "tokens", "finish", "answer", "correct", "reason", "gold"} <= set(rows[0])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["config"]["top_p"] == 0.9 and results["versions"]["math-verify"]
-    assert results["identity"]["problems of set"] and len(results["metrics"]["set"]["curve"]) == 4
+    (record,) = results["metrics"]
+    assert results["identity"]["problems of set"] and record["benchmark"] == "set" and len(record["curve"]) == 4
     assert (tmp_path / "out" / "pass_at_k.png").stat().st_size > 10_000
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        ".lock",
-        "identity.json",
-        "samples.jsonl",
-        "results.json",
-        "pass_at_k.png",
-    }
+    names = {file.name for file in (tmp_path / "out").iterdir() if not file.name.startswith(".")}
+    assert names == {"identity.json", "samples.jsonl", "results.json", "pass_at_k.png"}
     printed = capsys.readouterr().out
     assert "OPD + Block64" in printed and "pass@2 %" in printed
 
@@ -213,4 +244,144 @@ def test_killed_and_resumed_it_writes_the_same_file(tmp_path):
     assert run_child(tmp_path, "killed")
     whole, killed = ((tmp_path / out / "samples.jsonl").read_bytes() for out in ("whole", "killed"))
     assert killed == whole
-    assert not list((tmp_path / "killed").glob("part-*"))
+
+
+def test_regrading_fewer_samples_than_k_writes_nothing(tmp_path):
+    write_jsonl(tmp_path / "samples.jsonl", [graded_row(i, s) for i in range(2) for s in range(2)])
+    with pytest.raises(SystemExit, match="--k is 8, but there are 2 sample"):
+        evaluate.main(parse(EvalConfig, ["--regrade", str(tmp_path)]))
+    assert not (tmp_path / "regraded").exists()
+
+
+def test_a_path_with_an_equals_sign_can_be_compared(tmp_path, capsys):
+    for name in ("lr=3", "lr=4"):
+        (tmp_path / name).mkdir()
+        write_jsonl(tmp_path / name / "samples.jsonl", [graded_row(i, 0) for i in range(2)])
+    paths = [f"{tmp_path}/lr=3", f"new={tmp_path}/lr=4"]
+    report.compare(EvalConfig(compare=paths, k=1, out=str(tmp_path)))
+    assert "lr=3" in (out := capsys.readouterr().out) and "new" in out
+
+
+def test_an_evaluation_can_be_finished_on_another_number_of_ranks(pair, tmp_path, monkeypatch):
+    """Its rows do not depend on it."""
+    options = ["--model", pair[1], *"--data toy --eval_problems 4 --k 1 --max_response 5 --batch 1".split()]
+    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "one")]))
+    cfg = parse(EvalConfig, [*options, "--out", str(tmp_path / "two")])
+    rows = (tmp_path / "one/samples.jsonl").read_text().splitlines(keepends=True)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")  # as a kill would leave it
+    (tmp_path / "two/results.json").unlink()
+    (tmp_path / "two/samples.jsonl").write_text("".join(rows[:2]) + rows[2][:20])
+    assert join(start_ranks(lambda rank: evaluate.main(cfg), 2, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "two/samples.jsonl").read_text() == "".join(rows)
+
+
+def test_an_evaluation_can_be_finished_with_another_batch(tmp_path, monkeypatch):
+    """And until it is, it cannot be compared with others."""
+    sampler = without_model(monkeypatch)
+    whole = make_config(tmp_path, out=str(tmp_path / "whole"))
+    evaluate.run(whole)
+    calls = []
+
+    def sample(prompts, seeds, **options):
+        calls.append(len(prompts))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return FakeSampler.sample(sampler, prompts, seeds, **options)
+
+    monkeypatch.setattr(sampler, "sample", sample)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.run(make_config(tmp_path, out=str(tmp_path / "killed"), batch=8))
+    with pytest.raises(ValueError, match="no finished evaluation: .*killed was stopped"):
+        read_rows(tmp_path / "killed")
+    evaluate.run(make_config(tmp_path, out=str(tmp_path / "killed"), batch=16))
+    texts = [(tmp_path / name / "samples.jsonl").read_text() for name in ("whole", "killed")]
+    assert texts[0] == texts[1] and len(read_rows(tmp_path / "killed")) == 40
+
+
+def test_the_default_model_is_that_of_the_run_that_finished_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for when, name in ((200, "first"), (100, "second")):  # "first" began last, and finished first
+        final = tmp_path / "out" / name / "final"
+        final.mkdir(parents=True)
+        (final / "config.json").write_text("{}")
+        os.utime(final / "config.json", (when, when))
+    for when, name in ((300, "first"), (400, "second")):
+        os.utime(tmp_path / "out" / name / "final", (when, when))
+    assert evaluate.choose_model("")[0] == "out/second/final"
+
+
+def test_a_model_has_one_name_and_a_run_is_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out/a/final").mkdir(parents=True)
+    assert {evaluate.choose_model(name) for name in ("out/a/final", "out/a/final/", "./out/a/final")} == {
+        ("out/a/final", "a")
+    }
+    (tmp_path / "out/a/metrics.jsonl").touch()
+    with pytest.raises(ValueError, match="out/a is a run; name its student, out/a/final"):
+        evaluate.choose_model("out/a")
+
+
+def test_variants_are_compared_on_the_benchmarks_that_all_runs_have(tmp_path, capsys):
+    for name, benchmarks in (("a", "qr"), ("b", "qr"), ("c", "q")):
+        (tmp_path / name).mkdir()
+        rows = [graded_row(i, s) | {"data": benchmark} for benchmark in benchmarks for i in range(2) for s in range(2)]
+        write_jsonl(tmp_path / name / "samples.jsonl", rows)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    report.compare(EvalConfig(compare=[a, f"new={b},{c}"], k=1, out=str(tmp_path)))
+    assert "pass@1" in capsys.readouterr().out
+    write_jsonl(tmp_path / "c" / "samples.jsonl", [graded_row(i, 0) for i in range(2)])
+    with pytest.raises(ValueError, match=r"runs of one variant have \[1, 2\] samples of each problem"):
+        report.compare(EvalConfig(compare=[a, f"new={b},{c}"], k=1, out=str(tmp_path)))
+
+
+def test_the_sampler_gets_room_for_the_longest_sequence_only(tmp_path, monkeypatch):
+    without_model(monkeypatch)
+    asked = {}
+
+    def make_sampler(*_, **options):
+        asked.update(options)
+        return FakeSampler()
+
+    monkeypatch.setattr(rollout, "make_sampler", make_sampler)
+    cfg = make_config(tmp_path)
+    evaluate.run(cfg)
+    longest = max(len(ids) for _, _, ids in evaluate.prepare(cfg, torch.device("cpu"))[4])
+    assert asked == {"max_len": longest + cfg.max_response}
+    assert longest + cfg.max_response < 512  # the model's context
+
+
+class OneResponse:
+    """A sampler that always gives the same response."""
+
+    def __init__(self, response, finish):
+        self.response, self.finish = response, finish
+
+    def sample(self, prompts, seeds, **sampling):
+        return [rollout.Rollout(p, self.response, [0.0] * len(self.response), self.finish) for p in prompts]
+
+
+def answer_to(tokenizer, prompt, response, finish="stop"):
+    """What evaluate.py takes for the answer in this response."""
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, response)]
+    jobs = [("set", data.Problem("a", prompt, "7"), ids[0], 0)]
+    with grade.Grader(workers=1) as grader:
+        return evaluate.answer(OneResponse(ids[1], finish), tokenizer, jobs, grader, seed=0)[0]["answer"]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_that_the_prompt_opens_is_not_graded(special):
+    """vllm-project/vllm#13125: DeepSeek-R1's template ends the prompt with <think>, so a response has no opening tag."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    assert answer_to(tokenizer, "1+1=?<think>\n", "\\boxed{5}", "length") is None
+    assert answer_to(tokenizer, "1+1=?<think>\n", "\\boxed{5}</think>\\boxed{7}") == "7"
+    assert answer_to(tokenizer, "1+1=?<think>\n\n</think>\n\n", "\\boxed{5}") == "5"
+
+
+def test_think_tags_that_are_special_tokens_are_seen():
+    """huggingface/trl#2897, verl-project/verl#1724: they vanished with the other special tokens."""
+    tokenizer = toy.tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=True)
+    assert answer_to(tokenizer, "1+1=?", "<think>\\boxed{5}") is None
+    assert answer_to(tokenizer, "1+1=?", "<think>\\boxed{5}</think>7") == "7"
+    assert answer_to(tokenizer, "1+1=?", "\\boxed{1<pad>4}<eos>") == "14"  # other special tokens vanish

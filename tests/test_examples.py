@@ -2,9 +2,10 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+import textwrap
 
 import pytest
 import reference
@@ -18,11 +19,11 @@ from transformers import AutoModelForCausalLM
 
 import data
 import policy
-import toy
 import train
 from configs import TrainConfig, parse
+from policy import teacher_targets
 from rollout import Rollout
-from teacher import teacher_targets
+from support import toy
 
 CPU = torch.device("cpu")
 
@@ -148,7 +149,7 @@ def make_trainer(models, folder, rollouts, trainer_class=None, settings=None, st
         return ids | {"logprobs": [r.logprobs for r in rollouts]}
 
     values = REQUIRED | dict(
-        num_iterations=2, delta=3.0, per_device_train_batch_size=8, num_generations=2, max_steps=2, temperature=0.9,
+        num_iterations=2, per_device_train_batch_size=8, num_generations=2, max_steps=2, temperature=0.9,
         max_grad_norm=0, output_dir=str(folder), bf16=False, use_cpu=True, report_to="none", save_strategy="no",
         logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
@@ -250,7 +251,7 @@ def test_without_drift_it_is_trls_own_loss(models, tmp_path, split):
 REFUSED = {
     "off_policy_mask_threshold": 0.5, "loss_type": "grpo", "importance_sampling_level": "sequence", "beta": 0.1,
     "entropy_coef": 0.1, "use_adaptive_entropy": True, "top_entropy_quantile": 0.5, "disable_dropout": False,
-    "vllm_importance_sampling_correction": True, "num_iterations": 1, "steps_per_generation": 3,
+    "vllm_importance_sampling_correction": True, "num_iterations": 1, "steps_per_generation": 3, "delta": None, "epsilon": 0.3,
 }  # fmt: skip
 
 
@@ -274,15 +275,30 @@ def test_dropout_that_trl_leaves_on_is_refused(models, tmp_path):
 
 @needs_trl
 def test_the_example_runs_on_the_toy_pair(tmp_path):
-    """Two updates from the command line, in a folder that has the toy's models."""
-    teacher, _ = toy.models(ROOT / "out/toy")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/toy").symlink_to(Path(teacher).parent.parent)
+    """Two updates from the command line."""
     command = [sys.executable, str(ROOT / "examples/trl_opd_gate.py")]
     small = ["--max_steps", "2", "--per_device_train_batch_size", "4", "--num_generations", "4", "--logging_steps", "1"]
     done = subprocess.run(command + small, cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/trl/model.safetensors").exists()
+
+
+@needs_trl
+def test_the_trainer_can_be_imported_beside_gating_alone(tmp_path):
+    """The lines of its docstring, with paths for models; on a CPU, without a further flag."""
+    for file in (ROOT / "examples" / "trl_opd_gate.py", ROOT / "gating.py"):
+        shutil.copy(file, tmp_path)
+    start = "import torch, datasets\ntorch.set_num_threads(1)\n"
+    start += f"student, teacher = {toy.STUDENT!r}, {toy.TEACHER!r}\n"
+    start += "prompts = datasets.Dataset.from_dict({'prompt': ['a30+b75+c69+d16+e47+f77=?\\n'] * 8})\n"
+    usage = (ROOT / "examples" / "trl_opd_gate.py").read_text().split('"""')[1]
+    lines = usage[usage.index("    from trl import") : usage.index("student and teacher are")]
+    lines = lines.replace("num_iterations=2,", "num_iterations=2, max_steps=2, per_device_train_batch_size=8,")
+    (tmp_path / "script.py").write_text(start + textwrap.dedent(lines))
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 # -----------------------------------------------------------------------------

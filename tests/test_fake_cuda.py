@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+import data
 import losses
 import train
 from bench.gpu import head_pass
 from configs import TrainConfig, parse
-from data import MicroBatch, Vocabulary
 from gating import STATS, drift, gate, gate_stats
 from losses import _vocabulary_chunks, head_kl, head_logits, head_topk, lsm_loss, opd_loss, tail_loss
 from policy import Policy
+from support.vocabulary import Vocabulary
 
 N, H, H_T, V, K = 16384, 2048, 2560, 151936, 32  # one full response; student 1.7B, teacher 4B
 VOCAB, STOPS = 151669, [151643, 151645]  # the tokenizer's; the head's other rows only pad
@@ -96,7 +97,6 @@ LOSSES = {
     "opd": (1, lambda z, lse, logq: opd_loss(z[:, 0] - lse, lse.detach(), logq[:, 0])[0], ALL_ROWS),
     "lsm": (K, lambda z, lse, logq: lsm_loss(z, logq), ROWS_IN_USE),
     "fkl_topk": (K, lambda z, lse, logq: lsm_loss(z, logq, forward=True), ROWS_IN_USE),
-    "unnormalised": (K, lambda z, lse, logq: lsm_loss(z, logq, lse=lse, renormalise=False), ALL_ROWS),
     "tail_topk": (K, lambda z, lse, logq: tail_loss(z - lse[:, None], logq), ALL_ROWS),
 }
 
@@ -109,7 +109,7 @@ def test_losses_of_chosen_tokens(memory, name):
     ids, logq = torch.empty(N, k, dtype=torch.long), torch.empty(N, k)
 
     def run():
-        z, lse = head_logits(hidden, weight, ids, vocab=VOCAB, merged=STOPS)
+        z, lse = head_logits(hidden, weight, None, ids, vocab=VOCAB, merged=STOPS)
         loss = loss_of(z, lse, logq)
         loss.sum().backward()
         return z, lse, loss
@@ -156,7 +156,7 @@ def test_losses_over_the_whole_vocabulary(memory, beta):
     hidden, weight = parameter(N, H), parameter(V, H)
     hidden_t, weight_t = torch.empty(N, H_T, dtype=BF16), torch.empty(V, H_T, dtype=BF16)
     options = {"beta": beta, "vocab": VOCAB, "merged": STOPS}
-    most, (kl, lse) = beyond(memory, lambda: head_kl(hidden, weight, hidden_t, weight_t, **options))
+    most, (kl, lse) = beyond(memory, lambda: head_kl(hidden, weight, None, hidden_t, weight_t, None, **options))
     assert kl.shape == lse.shape == (N,) and kl.dtype == lse.dtype == FP32 and not lse.requires_grad
     assert 0.9 * bound < most < bound + SMALL
     # Backward: up to four quarters of a chunk, a bf16 copy of one, and two fp32 tensors [N, H] as above
@@ -170,7 +170,7 @@ def test_losses_over_the_whole_vocabulary(memory, beta):
 def test_the_teachers_top_k(memory):
     hidden, weight = parameter(N, H_T), parameter(V, H_T)
     y = torch.empty(N, 1, dtype=torch.long)
-    most, targets = beyond(memory, lambda: head_topk(hidden, weight, K, also_ids=y, vocab=VOCAB, merged=STOPS))
+    most, targets = beyond(memory, lambda: head_topk(hidden, weight, None, K, also_ids=y, vocab=VOCAB, merged=STOPS))
     ids, logq, logq_sampled = targets
     assert (ids.shape, logq.shape, logq_sampled.shape) == ((N, K), (N, K), (N, 1))
     assert (ids.dtype, logq.dtype, logq_sampled.dtype) == (torch.long, FP32, FP32)
@@ -183,7 +183,7 @@ def test_gates(memory, stat):
     """From log-probs of any dtype, gates and drift in fp32; about ten tensors [N]."""
     logp, logp_old = torch.empty(2, N, dtype=BF16).unbind()
     segments = torch.empty(N, dtype=torch.long)
-    most, (g, s) = beyond(memory, lambda: gate(logp, logp_old, segments, stat=stat))
+    most, (g, s) = beyond(memory, lambda: gate(drift(logp, logp_old), segments, stat=stat))
     d = drift(logp, logp_old)
     for x in (g, s, d):
         assert x.shape == (N,) and x.dtype == FP32
@@ -209,23 +209,25 @@ def micro_batch():
     teacher = {"logq_sampled": torch.empty(N), "topk_ids": torch.empty(N, K, dtype=torch.long)}
     teacher |= {"topk_logq": torch.empty(N, K), "hidden": torch.empty(N, H_T, dtype=BF16)}
     ids = torch.zeros(1, 100 + N, dtype=torch.long)
-    return MicroBatch(
+    return data.MicroBatch(
         ids, ints(), ints(), ints(), ints(), torch.empty(N), torch.empty(N), [], teacher, logp_old=torch.empty(N)
     )
 
 
 @pytest.mark.parametrize("loss_name", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"])
-def test_position_loss(memory, loss_name):
+def test_a_training_pass(memory, loss_name):
     """A forward and backward pass as train.update makes them."""
     cfg = parse(TrainConfig, ["--preset", "qwen3", "--loss", loss_name])
     policy, batch = qwen3_policy(), micro_batch()
     teacher_head = torch.empty(V, H_T, dtype=BF16), None
 
     def run():
-        logp, loss, info = train.position_loss(policy, batch, cfg, teacher_head)
-        g, _ = gate(logp, batch.logp_old, batch.segments, tau=cfg.tau, stat=cfg.stat)
+        outputs = train.student_outputs(policy, batch, cfg, teacher_head)
+        loss, info = train.base_loss(outputs, batch, cfg)
+        d = drift(outputs["logp"].detach(), batch.logp_old)
+        g, _ = gate(d, batch.segments, cfg.gate, tau=cfg.tau, stat=cfg.stat)
         (g * loss).sum().backward()
-        return logp, loss, info
+        return outputs["logp"].detach(), loss, info
 
     most, (logp, loss, info) = beyond(memory, run)
     for x in (logp, loss, *info.values()):

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import signal
+import threading
 import time
 
 import pytest
 from helpers import SHARED
 
-from grade import LONGEST, REWRITES, TAIL, UNGRADABLE, Grader, clean, extract
+from support.grade import LONGEST, REWRITES, TAIL, UNGRADABLE, Grader, clean, extract
 
 DATA = SHARED / "data"
 
@@ -167,7 +169,7 @@ def test_boxes_that_everyone_reads_as_equal_are_right(grader):
 def test_every_rewrite_does_what_its_example_says(rewrite, monkeypatch):
     _, _, example, result = rewrite
     assert clean(example) == result
-    monkeypatch.setattr("grade.REWRITES", [row for row in REWRITES if row != rewrite])
+    monkeypatch.setattr("support.grade.REWRITES", [row for row in REWRITES if row != rewrite])
     assert clean(example) != result
 
 
@@ -337,3 +339,17 @@ def test_ctrl_c_does_not_reach_the_workers():
         grade(grader, [r"\frac{1}{3}"], r"\frac{2}{6}")
         (worker,) = grader.started
         assert os.getpgid(worker.pid) != os.getpgrp()
+
+
+def test_a_graders_worker_that_is_killed_changes_no_verdict():
+    """OpenRLHF/OpenRLHF#1139, joblib/loky#1: by the OOM killer, say, while it is idle or at work."""
+    with Grader(workers=1) as grader:
+        assert grader.grade([("\\boxed{x+1}", "1+x", True)]) == [("x+1", True, "equal")]
+        os.kill(grader.started[0].pid, signal.SIGKILL)
+        os.waitid(os.P_PID, grader.started[0].pid, os.WEXITED | os.WNOWAIT)
+        assert grader.grade([("\\boxed{x+2}", "2+x", True)]) == [("x+2", True, "equal")]
+        pid = grader.started[0].pid
+        os.kill(pid, signal.SIGSTOP)
+        threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+        assert grader.grade([("\\boxed{x+3}", "3+x", True)]) == [("x+3", True, "equal")]
+        assert len(grader.started) == 1

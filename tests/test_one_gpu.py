@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-from conftest import ragged_rollouts, toy_vocabulary
+from conftest import old_logprobs, ragged_rollouts, toy_vocabulary
 from helpers import flags, join, parse_train, start_ranks
 
-import common
 import data
 import policy
 import train
-from teacher import teacher_targets
+from policy import teacher_targets
+from support import common
 
 CPU = torch.device("cpu")
 
@@ -38,6 +38,7 @@ def dtypes_of_a_step(pair, rank, world):
     (batches,) = data.make_minibatches(ragged_rollouts(), cfg, 0, vocabulary, CPU, rank, world)
     for batch in batches:
         batch.teacher = teacher_targets(models["teacher"], batch, cfg)
+        batch.logp_old = old_logprobs(models["student"], batch, cfg)
     optimizer = torch.optim.AdamW(models["student"].parameters(), 1e-3)
     train.update(models["student"], optimizer, batches, cfg)
     found["gradients and weights"] = {(p.dtype, x["exp_avg"].dtype) for p, x in optimizer.state.items()}

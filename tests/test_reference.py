@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import data
 import policy
-import toy
 import train
 from configs import FULL_VOCABULARY_LOSSES, TrainConfig, parse
 from gating import KINDS, STATS
-from teacher import teacher_targets
+from policy import teacher_targets
+from support import toy
 
 LOSSES = TrainConfig.__dataclass_fields__["loss"].type.__args__
 COMBINATIONS = list(itertools.product(LOSSES, KINDS, STATS))
@@ -73,7 +73,7 @@ def our_gradients(models, combinations, rank=0, world=1):
         policy.load_policy(models[role], cfg, vocabulary, CPU, trainable=role == "new")
         for role in ("old", "new", "teacher")
     )
-    teacher_head, found = policy.head_weights(teacher), {}
+    teacher_head, found = policy.whole_head(teacher), {}
     for combination in combinations:
         cfg = config(models, *combination)
         (batches,) = data.make_minibatches(ragged_rollouts(), cfg, 0, vocabulary, CPU, rank, world)

@@ -14,12 +14,12 @@ from helpers import ROOT
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
-import toy
-from common import seed_for
-from policy import stop_ids, stop_ids_of
 from rollout import HFSampler, Rollout, choose, make_sampler
+from support import toy
+from support.common import seed_for
+from support.vocabulary import Vocabulary, stop_ids, stop_ids_of
 
-V, PAD, STOPS = 32, 0, [1, 2]
+V, STOPS = 32, [1, 2]
 PLAIN = dict(max_tokens=12, temperature=1.0, top_p=1.0, top_k=0)
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 7], [20, 21]]
 SEEDS = [11, 12, 13, 14, 15]
@@ -41,7 +41,7 @@ def model():
 
 
 def sampler(model, stops=STOPS, vocab=V, **options):
-    return HFSampler(model, stops, PAD, vocab, **options)
+    return HFSampler(model, Vocabulary(vocab, set(), list(stops), []), **options)
 
 
 @torch.no_grad()
@@ -147,7 +147,8 @@ def test_it_stops_at_any_stop_id_and_keeps_it(model):
 
 
 def test_a_stop_id_that_is_also_the_pad_id_is_counted_once(model):
-    found = HFSampler(model, [PAD], PAD, V).sample([[5, 6]] * 100, range(100), **PLAIN)
+    PAD = rollout.PAD
+    found = sampler(model, stops=[PAD]).sample([[5, 6]] * 100, range(100), **PLAIN)
     stopped = [r for r in found if r.finish == "stop"]
     assert stopped and all(r.response.count(PAD) == 1 == (r.response[-1] == PAD) for r in stopped)
 
@@ -279,7 +280,7 @@ def test_hf_works_on_as_many_tokens_as_fit_the_gpu():
 
 ENGINE = """
 import sys, rollout, torch.distributed as dist
-from common import init_device
+from support.common import init_device
 from types import SimpleNamespace
 init_device(SimpleNamespace(device="cpu", threads=1, seed=0))
 def engine(*_, **__):
@@ -287,7 +288,7 @@ def engine(*_, **__):
         raise ValueError("No available memory for the cache blocks")
     dist.barrier()  # as vLLM's own collectives do, it waits for the rank that failed
 rollout.VLLMSampler = engine
-rollout.start_engine("path", [], 8)
+rollout.start_engine("path", None)
 """
 
 
@@ -306,8 +307,9 @@ def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model
     cfg = SimpleNamespace(rollout="auto", device="cpu", trust_remote_code=False)
     tokenizer = SimpleNamespace(eos_token_id=1, pad_token_id=0)
     assert stop_ids_of(tmp_path, tokenizer) == [1, 2, 9]
-    shared = make_sampler(cfg, tmp_path, model, tokenizer, V, STOPS)
-    assert shared.model is model and not shared.owns_model and shared.stops == STOPS
-    own = make_sampler(cfg, tmp_path, None, tokenizer, V, STOPS)
+    vocabulary = Vocabulary(V, set(), STOPS, [])
+    shared = make_sampler(cfg, tmp_path, model, vocabulary)
+    assert shared.model is model and not shared.owns_model and shared.vocabulary is vocabulary
+    own = make_sampler(cfg, tmp_path, None, vocabulary)
     assert own.model is not model and own.owns_model
     assert all(map(same, *(s.sample(PROMPTS, SEEDS, **PLAIN) for s in (shared, own))))

@@ -18,15 +18,34 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import ENV, ROOT, far, finished, flags, launch, metrics, outcome, run, same, start
+import torch
+from helpers import (
+    ENV,
+    ROOT,
+    SMALL,
+    evaluations,
+    far,
+    finished,
+    flags,
+    join,
+    launch,
+    metrics,
+    outcome,
+    run,
+    same,
+    start,
+    steps_of,
+)
 from safetensors.torch import load_file
 
-import checkpoint
 import data
+import policy
 import rollout
-import toy
 import train
-from configs import TrainConfig, parse
+from configs import TOPK_LOSSES, TrainConfig, parse
+from rollout import Rollout
+from support import checkpoint, common, toy
+from support.common import StopSignal
 
 checkpoint.FILE_BYTES = 50_000  # several files a checkpoint
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
@@ -37,15 +56,17 @@ def straight(pair, tmp_path_factory):
     """A finished run of OPTIONS, not stopped once."""
     out = tmp_path_factory.mktemp("straight") / "run"
     assert finished(flags(pair, out, **OPTIONS)) == 0
-    assert [row["step"] for row in metrics(out)] == [0, 1, 2, 3, 3, 4, 5, 5] and "rollout/checksum" in metrics(out)[-2]
+    assert [row["step"] for row in evaluations(out)] == [0, 3, 5] and "rollout/checksum" in metrics(out)[4]
     return out
 
 
 def test_checkpoint_holds_nothing_that_runs_code(straight):
     """Tensors in safetensors, numbers in JSON."""
-    names = {path.name for path in (straight / "step-5").iterdir()}
-    assert {Path(name).suffix for name in names} == {".safetensors", ".json"}
-    assert len(names) > 4  # more than one file of tensors
+    names = [path.name for path in (straight / "step-5").rglob("*") if path.is_file()]
+    assert {Path(name).suffix for name in names} == {".safetensors", ".json", ".jinja"}
+    assert (
+        len([name for name in names if name.endswith(".safetensors")]) > 4
+    )  # several files of weights, and of the optimizer's
 
 
 def cut_back(straight, out, step):
@@ -97,27 +118,33 @@ def slow_sampling():
 def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum, when):
     """A step that samples is given up at once, and so is an evaluation; both come again, the same."""
     out, log = tmp_path / "a", tmp_path / "log"
-    rows = {"first step": 1, "sampling": 2, "evaluating": 4}[when]  # of steps 0, 0 to 1, 0 to 3
+    step = {"first step": 0, "sampling": 1, "evaluating": 3}[when]
     if when != "first step":
         cut_back(straight, out, 1)
     process = start(flags(pair, out, resume="auto", **OPTIONS | dict(save_every=0)), slow_sampling, log)
-    while not log.exists() or not (out / "metrics.jsonl").exists() or len(metrics(out)) != rows:
-        time.sleep(0.01)  # a resumed run has cut its metrics back
+    # A resumed run has cut its metrics back. In the first step, wait until the evaluation before it is over.
+    while (
+        not log.exists()
+        or not (out / "evaluations.jsonl").exists()
+        or len(metrics(out)) != step
+        or not evaluations(out)
+    ):
+        time.sleep(0.01)
     time.sleep(0.5)
     os.kill(process.pid, signum)
     clock = time.time()
     process.join()
     again = log.read_text().splitlines()[-1]
     command, argv = again.split("train.py ")
-    assert process.exitcode == 0 and " && python " in command and len(metrics(out)) == rows
+    assert process.exitcode == 0 and " && python " in command and len(metrics(out)) == step
     assert time.time() - clock < 2.4  # one response takes that long
     assert finished(shlex.split(argv) + ["--save_every", "1"]) == 0 and same(out, straight)
 
 
 def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
     """This rank had nothing to say when the others heard it; it says so the next time."""
-    stop = checkpoint.StopSignal()
-    monkeypatch.setattr(checkpoint, "gather", lambda reason: stop.handle(signal.SIGTERM, None) or [reason, ""])
+    stop = StopSignal()
+    monkeypatch.setattr(common, "gather", lambda reason: stop.handle(signal.SIGTERM, None) or [reason, ""])
     assert not stop.requested() and stop.requested_here()
     assert stop.requested()
 
@@ -125,18 +152,24 @@ def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
 def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):
     out, log = cut_back(straight, tmp_path / "a", 1), tmp_path / "log"
     first, second = launch(flags(pair, out, resume="true", **OPTIONS | dict(steps=99)), 2, log=log)
-    while not log.exists() or len(metrics(out)) != 3:
+    while not log.exists() or len(metrics(out)) != 2:
         time.sleep(0.01)
     os.kill(second.pid, signal.SIGTERM)
     assert (first.join() or first.exitcode, second.join() or second.exitcode) == (0, 0)
     assert " && torchrun --nproc_per_node 2 " in log.read_text().splitlines()[-1]
 
 
-def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path):
-    out = cut_back(straight, tmp_path / "a", 2)
-    assert finished(flags(pair, out, resume="auto", **OPTIONS), ranks=2) == 0
-    (rows, weights), (expected, one) = outcome(out), outcome(straight)
-    assert rows[3]["rollout/checksum"] == expected[3]["rollout/checksum"]  # the step after the checkpoint
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path, before, after):
+    out = tmp_path / "a"
+    if before == 1:
+        cut_back(straight, out, 2)
+    else:
+        assert finished(flags(pair, out, **OPTIONS | dict(steps=2, schedule="constant")), ranks=2) == 0
+        shutil.rmtree(out / "final")
+    assert finished(flags(pair, out, resume="auto", **OPTIONS), ranks=after) == 0
+    (rows, _, weights), (expected, _, one) = outcome(out), outcome(straight)
+    assert rows[2]["rollout/checksum"] == expected[2]["rollout/checksum"]  # the step after the checkpoint
     assert far(weights, one) < 1e-4
 
 
@@ -196,13 +229,13 @@ def test_a_save_never_has_more_checkpoints_on_the_disk_than_it_must(pair, tmp_pa
 
     monkeypatch.setattr(checkpoint.dcp, "save", watched)
     train.main(parse(TrainConfig, flags(pair, tmp_path, **OPTIONS | dict(steps=4, keep=keep, eval_every=0))))
-    assert before_save == [[], ["step-1"], ["step-2"], ["step-3"]]
+    assert before_save == [["step-1.tmp"], ["step-1", "step-2.tmp"], ["step-2", "step-3.tmp"], ["step-3", "step-4.tmp"]]
     assert len(list(tmp_path.glob("step-*"))) == keep
 
 
 TURNS = """
 import os, sys, time, torch.distributed as dist
-from common import one_rank_at_a_time
+from support.common import one_rank_at_a_time
 dist.init_process_group("gloo")
 try:
     with one_rank_at_a_time(), open(sys.argv[1], "a") as file:
@@ -239,14 +272,14 @@ def test_folders_that_cannot_be_written_are_one_line(pair, tmp_path, monkeypatch
 
 def broken_from(monkeypatch, first, last):
     """Losses of these calls are NaN."""
-    calls, position_loss = [], train.position_loss
+    calls, base_loss = [], train.base_loss
 
     def broken(*args):
-        logp, loss, info = position_loss(*args)
+        loss, info = base_loss(*args)
         calls.append(1)
-        return logp, loss * math.nan if first <= len(calls) <= last else loss, info
+        return loss * math.nan if first <= len(calls) <= last else loss, info
 
-    monkeypatch.setattr(train, "position_loss", broken)
+    monkeypatch.setattr(train, "base_loss", broken)
 
 
 def test_update_that_is_not_finite_is_skipped_counted_and_named(pair, tmp_path, monkeypatch, capsys):
@@ -280,11 +313,108 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
     assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0 and "loss" not in rows[0]
 
 
+def test_a_closed_terminal_stops_a_run_as_a_sigterm_does(pair, tmp_path):
+    """modelscope/ms-swift#5884, hiyouga/LlamaFactory#3036: torchrun sends its ranks SIGHUP, even under nohup."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    child = start(flags(pair, out, **SMALL | dict(steps=99, save_every=0)), slow_sampling, log)
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        time.sleep(0.01)
+    os.kill(child.pid, signal.SIGHUP)
+    assert join([child]) == 0 and "stopped by SIGHUP after step" in log.read_text()
+    assert checkpoint.latest(out).name == f"step-{len(metrics(out))}"
+
+
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignal()
+    stop.listen()
+    os.kill(os.getpid(), signal.SIGHUP)
+    stop.release()
+    assert not stop.requested() and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_a_stop_during_an_evaluation_saves_the_finished_steps(pair, tmp_path, monkeypatch, capsys):
+    """vLLM gives back empty responses then."""
+    make = rollout.make_sampler
+
+    def make_sampler(*args, **options):
+        sampler = make(*args, **options)
+        sample = sampler.sample
+
+        def stopped(prompts, seeds, **sampling):
+            if sampling["top_p"] == 1 and len(prompts) == 2:  # of the evaluation's second part
+                os.kill(os.getpid(), 15)
+                return [Rollout(prompt, [], [], "stopped") for prompt in prompts]
+            return sample(prompts, seeds, **sampling)
+
+        sampler.sample = stopped
+        return sampler
+
+    monkeypatch.setattr(rollout, "make_sampler", make_sampler)
+    options = dict(steps=2, eval_every=1, eval_problems=2, k=2, top_p=0.9)
+    cfg = parse(TrainConfig, flags(pair, tmp_path, **options))
+    train.main(cfg)
+    assert steps_of(tmp_path) == ["step-0"] and "stopped by SIGTERM after step 0" in capsys.readouterr().out
+
+
+def test_a_teacher_that_goes_during_an_evaluation_costs_no_finished_step(pair, tmp_path, monkeypatch):
+    calls = []
+    targets = policy.LocalTeacher.targets
+
+    def broken(self, batches):
+        calls.append(1)
+        if len(calls) == 3:  # evaluation, step 1, evaluation
+            raise OSError("the server is gone")
+        return targets(self, batches)
+
+    monkeypatch.setattr(policy.LocalTeacher, "targets", broken)
+    with pytest.raises(SystemExit, match="the server is gone"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=2, eval_every=1, eval_problems=2, k=1)))
+    assert steps_of(tmp_path) == ["step-1"]
+
+
+def test_a_student_of_nan_is_a_bad_update_and_not_a_sampler_out_of_step(pair, tmp_path, monkeypatch):
+    student_outputs = train.student_outputs
+
+    def broken(*args):
+        return {name: x * math.nan for name, x in student_outputs(*args).items()}
+
+    monkeypatch.setattr(train, "student_outputs", broken)
+    with pytest.raises(SystemExit, match="2 updates in a row were not finite"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=9, minibatches=1, epochs=1, max_bad_updates=2)))
+
+
+def test_a_sampler_of_nan_is_out_of_step(pair, tmp_path, monkeypatch):
+    sample = rollout.HFSampler.sample
+
+    def broken(self, *args, **options):
+        rollouts = sample(self, *args, **options)
+        rollouts[0].logprobs[0] = math.nan
+        return rollouts
+
+    monkeypatch.setattr(rollout.HFSampler, "sample", broken)
+    with pytest.raises(SystemExit, match="the sampler is out of step"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=1)))
+
+
+@pytest.mark.parametrize("loss", TOPK_LOSSES)
+def test_a_teacher_that_gives_nan_is_seen_by_every_loss(scene, loss):
+    """huggingface/trl#5594, microsoft/LMOps#38. The top-K losses left such tokens out, and trained on the others."""
+    student, _, minibatches, cfg, _ = scene(loss=loss)
+    batch = minibatches[0][0]
+    batch.teacher["topk_logq"][1] = torch.nan
+    loss, _ = train.base_loss(train.student_outputs(student, batch, cfg), batch, cfg)
+    assert loss.isnan().tolist() == [i == 1 for i in range(len(batch.rows))]
+
+
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         kills, steps, ranks = map(int, sys.argv[1:])
         options = OPTIONS | dict(steps=steps)
-        argv = [flags(toy.models(), Path(tmp, name), resume="auto", **options) for name in ("straight", "killed")]
+        argv = [
+            flags((toy.TEACHER, toy.STUDENT), Path(tmp, name), resume="auto", **options)
+            for name in ("straight", "killed")
+        ]
         clock = time.time()
         assert finished(argv[0], ranks=ranks) == 0
         left = killed(argv[1], Path(tmp, "killed"), kills, 0.4 * (time.time() - clock), ranks)

@@ -12,11 +12,11 @@ from conftest import toy_vocabulary
 from helpers import far, flags, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import policy
-import teacher
 import train
 from configs import TrainConfig, parse
+from policy import LocalTeacher
+from support import checkpoint, server_teacher
 
 
 class Server(ThreadingHTTPServer):
@@ -72,9 +72,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+def loss_on(student, batch, cfg):
+    return train.base_loss(train.student_outputs(student, batch, cfg), batch, cfg)[0]
+
+
 def test_reverse_kl_is_that_of_all_logits_at_every_position(pair, scene):
     student, scoring, (batches, *_), cfg, _ = scene(loss="opd", micro_tokens=70, temperature=0.7)
-    found = teacher.LocalTeacher(scoring, cfg, torch.device("cpu")).reverse_kl(student, batches)
+    found = LocalTeacher(scoring, cfg, torch.device("cpu")).reverse_kl(student, batches)
     for batch, kl in zip(batches, found, strict=True):
         logp, logq = (
             m.lm(batch.ids).logits[batch.rows, batch.cols].div(0.7).log_softmax(-1) for m in (student, scoring)
@@ -93,15 +97,17 @@ def server(pair):
 def test_server_gives_the_targets_of_the_model_it_serves(pair, scene, server, loss):
     student, _, minibatches, cfg, _ = scene(loss=loss, micro_tokens=70)
     batches = sum(minibatches, [])
-    remote = teacher.ServerTeacher(server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
+    remote = server_teacher.ServerTeacher(
+        server.url + "/v1", cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary()
+    )
     for batch, found in zip(batches, remote.targets(batches), strict=True):
         torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)
-        _, local, _ = train.position_loss(student, batch, cfg, None)
+        local = loss_on(student, batch, cfg)
         if loss != "opd":
             assert torch.equal(found["topk_ids"], batch.teacher["topk_ids"])
             torch.testing.assert_close(found["topk_logq"], batch.teacher["topk_logq"], rtol=1e-5, atol=1e-5)
         batch.teacher = found
-        torch.testing.assert_close(train.position_loss(student, batch, cfg, None)[1], local, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(loss_on(student, batch, cfg), local, rtol=1e-3, atol=1e-5)
 
 
 def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
@@ -113,7 +119,7 @@ def test_training_on_a_server_is_training_on_its_model(pair, server, tmp_path):
 
 def test_a_busy_server_is_asked_again(pair, scene, server):
     _, _, (batches, *_), cfg, _ = scene(loss="opd")
-    remote = teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
+    remote = server_teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
     server.failures = 2
     for batch, found in zip(batches, remote.targets(batches), strict=True):
         torch.testing.assert_close(found["logq_sampled"], batch.teacher["logq_sampled"], rtol=1e-5, atol=1e-5)
@@ -133,7 +139,7 @@ def test_a_busy_server_is_asked_again(pair, scene, server):
 def test_a_server_that_does_not_fit_is_one_line_before_the_student_loads(
     pair, server, tmp_path, monkeypatch, capsys, change, options, message
 ):
-    monkeypatch.setattr(teacher, "RETRIES", 1)
+    monkeypatch.setattr(server_teacher, "RETRIES", 1)
     monkeypatch.setattr(train, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     for name, value in change.items():
         setattr(server, name, value)
@@ -145,7 +151,7 @@ def test_a_server_that_does_not_fit_is_one_line_before_the_student_loads(
 
 def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, server, tmp_path, monkeypatch):
     """Nothing is lost: the steps before are saved, though no checkpoint was due."""
-    monkeypatch.setattr(teacher, "RETRIES", 1)
+    monkeypatch.setattr(server_teacher, "RETRIES", 1)
     options = dict(loss="lsm", steps=4, teacher_url=server.url)
     _, straight = run(pair, tmp_path / "a", **options)
     server.dies_after = server.asked + 3 + 2 * 6  # the three checks, and two steps of six rollouts
@@ -167,7 +173,7 @@ def test_places_of_the_top_k_that_stay_empty_do_not_count(scene, loss):
     less = {"topk_ids": ids.masked_fill(last, 0), "topk_logq": logq.masked_fill(last, -torch.inf)}
     for targets in (less, {"topk_ids": ids[:, :4], "topk_logq": logq[:, :4]}):
         batch.teacher = full | targets
-        _, x, info = train.position_loss(student, batch, cfg, None)
+        x, info = train.base_loss(train.student_outputs(student, batch, cfg), batch, cfg)
         x.sum().backward()
         grads.append({name: p.grad for name, p in student.named_parameters()} | info | {"loss": x.detach()})
         student.zero_grad()
@@ -178,7 +184,7 @@ def test_an_offloaded_teacher_waits_in_host_memory_and_says_the_same(scene, monk
     _, lm, (batches, *_), cfg, _ = scene(loss="lsm", teacher_offload=True)
     moves, to = [], policy.Policy.to
     monkeypatch.setattr(policy.Policy, "to", lambda self, device: moves.append(str(device)) or to(self, device))
-    local = teacher.LocalTeacher(lm, cfg, torch.device("cpu", 0))
+    local = LocalTeacher(lm, cfg, torch.device("cpu", 0))
     for batch, found in zip(batches, local.targets(batches), strict=True):
         assert all(torch.equal(found[name], x) for name, x in batch.teacher.items())
     assert moves == ["cpu", "cpu:0", "cpu"]  # "cpu:0" stands for the GPU here

@@ -1,25 +1,17 @@
 """python -m pytest tests/test_toy.py"""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import toy
+from study import pretrain_toy
+from support import toy
 
-TINY = {
-    role: dict(hidden=32, heads=2, layers=1, steps=2, lr=1e-3, drop=0.5, seed=len(role))
-    for role in ("teacher", "student")
-}
+RECIPE = pretrain_toy.recipe_of(7)
 
 
 def read(text):
@@ -61,8 +53,8 @@ def test_held_out_problems_are_in_no_run_and_in_no_pretraining():
     for seed in range(5):
         assert not held_out & {question for question, _ in toy.problems(4096, seed)}
     names = np.array(toy.VOCAB)
-    for recipe in toy.RECIPE.values():
-        stream = toy.batches(recipe["steps"], recipe["drop"], recipe["seed"])
+    for recipe in RECIPE.values():
+        stream = pretrain_toy.batches(recipe["steps"], recipe["drop"], recipe["seed"])
         full = [ids[:, 1 : prompt - 1] for ids, prompt in stream if prompt == 27]
         seen = {"".join(names[row]) for ids in full for row in ids}
         assert len(seen) > 3000 and not held_out & seen
@@ -72,7 +64,7 @@ def test_the_teacher_reads_right_sums():
     rng = np.random.default_rng(0)
     for n in (2, 6, 9):
         numbers = rng.integers(0, 100, (100, n))
-        ids, prompt = toy.traces(numbers)
+        ids, prompt = pretrain_toy.traces(numbers)
         assert ids.shape == (100, 20 * n - 8) and prompt == 4 * n + 3
         for row, text in zip(numbers, decode(ids), strict=True):
             answer, due, made = read(text)
@@ -82,7 +74,7 @@ def test_the_teacher_reads_right_sums():
 def test_the_student_reads_sums_that_are_wrong_at_carries_only():
     """Where no carry is due none is made; of those due, the share asked for is forgotten."""
     rng = np.random.default_rng(0)
-    ids, _ = toy.traces(rng.integers(0, 100, (400, 6)), drop=0.7, rng=rng)
+    ids, _ = pretrain_toy.traces(rng.integers(0, 100, (400, 6)), drop=0.7, rng=rng)
     due, made = (np.array(x) for x in list(zip(*map(read, decode(ids)), strict=True))[1:])
     assert set(made[due == 0]) == {0} and set(made[due == 1]) == {0, 1}
     assert abs(made[due == 1].mean() - 0.3) < 4 * (0.3 * 0.7 / due.sum()) ** 0.5
@@ -105,7 +97,7 @@ def test_the_tokenizer_gives_every_text_back(tmp_path):
 def test_the_chat_template_gives_the_prompt_of_pretraining():
     question, _ = toy.problems(1, 0)[0]
     numbers = np.array([[int(x) for x in re.findall(r"\d\d", question)]])
-    ids, prompt = toy.traces(numbers)
+    ids, prompt = pretrain_toy.traces(numbers)
     chat = [{"role": "user", "content": question}]
     encoded = toy.tokenizer().apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
     assert encoded == ids[0, :prompt].tolist()
@@ -114,58 +106,37 @@ def test_the_chat_template_gives_the_prompt_of_pretraining():
 def test_training_is_deterministic_and_its_folder_loads(tmp_path):
     weights = []
     for name in "ab":
-        toy.train(tmp_path / name, **toy.RECIPE["student"] | {"steps": 2})
+        pretrain_toy.train(tmp_path / name, **RECIPE["student"] | {"steps": 2})
         lm, tok = (x.from_pretrained(tmp_path / name) for x in (AutoModelForCausalLM, AutoTokenizer))
         assert lm.config.vocab_size == len(tok) and tok.chat_template
         assert lm.generation_config.eos_token_id == tok.eos_token_id
         weights.append(lm.state_dict())
-    start = toy.model(64, 2, toy.RECIPE["student"]["seed"], layers=3).state_dict()
+    start = pretrain_toy.model(64, 2, RECIPE["student"]["seed"], layers=3).state_dict()
     for name, x in weights[0].items():
         assert torch.equal(x, weights[1][name]) and not torch.equal(x, start[name])
 
 
-def test_models_are_trained_once_for_a_recipe(tmp_path, monkeypatch):
-    class Training(Exception):
-        pass
-
-    def refuse(method):
-        raise Training
-
-    monkeypatch.setattr(toy.multiprocessing, "get_context", refuse)
-    with pytest.raises(Training):
-        toy.models(tmp_path, TINY)
-    folders = [next(tmp_path.iterdir()) / role for role in ("teacher", "student")]
-    folders[0].mkdir()
-    with pytest.raises(Training):  # one of two is not a pair
-        toy.models(tmp_path, TINY)
-    folders[1].mkdir()
-    assert toy.models(tmp_path, TINY) == tuple(map(str, folders))
-    with pytest.raises(Training):
-        toy.models(tmp_path, TINY | {"student": TINY["student"] | {"drop": 0.6}})
-    monkeypatch.setattr(toy, "VERSION", toy.VERSION + 1)
-    with pytest.raises(Training):
-        toy.models(tmp_path, TINY)
+def test_a_pair_is_trained_once_and_a_killed_call_leaves_no_half_of_a_model(tmp_path, monkeypatch, capsys):
+    recipe = {role: options | {"steps": 2} for role, options in RECIPE.items()}
+    monkeypatch.setattr(pretrain_toy, "recipe_of", lambda seed: recipe)
+    (tmp_path / "8" / "teacher.tmp").mkdir(parents=True)  # as a kill leaves it
+    pretrain_toy.main(["8", "--out", str(tmp_path)])
+    assert {path.name for path in (tmp_path / "8").iterdir()} == {"teacher", "student"}
+    written = (tmp_path / "8/student/model.safetensors").stat().st_mtime_ns
+    pretrain_toy.main(["8", "--out", str(tmp_path)])
+    assert (tmp_path / "8/student/model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_killed_call_leaves_no_model_and_no_lock_and_of_two_calls_one_trains(tmp_path):
-    """SIGKILL in the middle of training; then two processes at once."""
-    recipe = {role: options | {"steps": 20} for role, options in TINY.items()}
-    code = f"import json, toy; print(toy.models({str(tmp_path)!r}, json.loads({json.dumps(recipe)!r})))"
-
-    def start():
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        pipe = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        return subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipe)
-
-    killed, deadline = start(), time.monotonic() + 120
-    while not list(tmp_path.glob("*/tmp-*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert list(tmp_path.glob("*/tmp-*")) and not list(tmp_path.glob("*/teacher"))
-    outputs = [process.communicate(timeout=300) for process in (start(), start())]
-    assert outputs[0][0] == outputs[1][0] and "teacher" in outputs[0][0], outputs
-    assert sum("pre-training" in err for _, err in outputs) == 1
-    assert {p.name for p in next(tmp_path.iterdir()).iterdir()} == {".lock", "teacher", "student"}
-    for folder in tmp_path.glob("*/*er"):
-        AutoModelForCausalLM.from_pretrained(folder)
+def test_the_shipped_pair_says_how_it_was_made_and_its_teacher_is_right():
+    made_by = json.loads((toy.MODELS / "made_by.json").read_text())
+    assert made_by["command"] == f"python -m study.pretrain_toy {made_by['seed']}" and made_by["commit"]
+    for role, folder in (("teacher", toy.TEACHER), ("student", toy.STUDENT)):
+        lm, recipe = AutoModelForCausalLM.from_pretrained(folder), pretrain_toy.recipe_of(made_by["seed"])[role]
+        assert (lm.config.hidden_size, lm.config.num_hidden_layers) == (recipe["hidden"], recipe["layers"])
+        assert AutoTokenizer.from_pretrained(folder).get_vocab() == toy.ID
+    # The teacher writes out a sum that it has not seen, carries and all.
+    numbers = np.array([[45, 41, 51, 21, 97, 72]])
+    ids, prompt = pretrain_toy.traces(numbers)
+    teacher = AutoModelForCausalLM.from_pretrained(toy.TEACHER)
+    out = teacher.generate(torch.tensor(ids[:, :prompt]), max_new_tokens=100, do_sample=False)
+    assert out[0].tolist() == ids[0].tolist()

@@ -18,11 +18,11 @@ import torch.distributed as dist
 from conftest import toy_vocabulary
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import toy
-from common import gather, init_device
 from configs import TrainConfig, parse
 from rollout import VLLMSampler, choose, vllm_device
-from teacher import ServerTeacher
+from support import toy
+from support.common import gather, init_device
+from support.server_teacher import ServerTeacher
 
 if importlib.util.find_spec("vllm") is None:
     pytest.skip("vLLM is not installed (requirements-vllm.txt)", allow_module_level=True)

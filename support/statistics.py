@@ -1,31 +1,17 @@
-"""From graded samples to numbers: unbiased pass@k, intervals, paired comparisons, tables, and the pass@k picture.
+"""From graded samples to numbers: unbiased pass@k, intervals, and paired comparisons.
 
 A row is one graded sample, a dictionary from evaluate.py's samples.jsonl with data (its benchmark), problem (an id),
 correct, finish, tokens, reason and gold. Shapes: R runs, P problems of a benchmark, n samples of each problem.
 """
 
-import glob
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 
-from common import read_jsonl, write_file
-from configs import BENCHMARKS
-from grade import UNGRADABLE
-from plot import pyplot
+from support.files import read_jsonl
+from support.grade import UNGRADABLE
 
-PAPER = {  # arXiv 2606.24084: pass@8 in %, on BENCHMARKS in this order; one seed each
-    "base student": (77.2, 13.3, 10.0, 60.0),
-    "OPD": (85.8, 20.0, 13.3, 80.0),
-    "OPD + Block64": (86.4, 20.0, 20.0, 80.0),
-    "OPD + NewlineSpan": (86.0, 26.7, 16.7, 75.0),
-    "LSM": (86.0, 23.3, 20.0, 70.0),
-    "LSM + Block64": (86.4, 20.0, 26.7, 80.0),
-    "LSM + NewlineSpan": (86.2, 20.0, 26.7, 80.0),
-    "teacher (4B)": (90.8, 46.7, 33.3, 90.0),
-}
 DRAWS = 10_000  # random draws in each bootstrap and each permutation test
 MEAN = "mean"  # the name under which tables list the unweighted mean over benchmarks
 
@@ -34,15 +20,14 @@ MEAN = "mean"  # the name under which tables list the unweighted mean over bench
 
 
 def read_rows(path: Path):
-    """The rows of a .jsonl file, or of the samples.jsonl in a folder. ValueError if there is no such file."""
-    path = path / "samples.jsonl" if path.is_dir() else path
+    """The rows of a .jsonl file, or of a finished evaluation's folder. ValueError if there is none."""
+    if path.is_dir():
+        if (path / "identity.json").exists() and not (path / "results.json").exists():
+            raise ValueError(f"no finished evaluation: {path} was stopped; its command, run again, finishes it")
+        path = path / "samples.jsonl"
     if not path.is_file():
-        raise ValueError(f"no finished evaluation: {path} does not exist; evaluate.py writes it when it finishes")
+        raise ValueError(f"no finished evaluation: {path} does not exist")
     return read_jsonl(path)
-
-
-def write_rows(path: Path, rows):
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows))  # ASCII only: a lone surrogate is escaped
 
 
 def rows_by_benchmark(rows) -> dict:
@@ -131,7 +116,7 @@ def paired(ours, base, seed=0):
 
 
 # -----------------------------------------------------------------------------
-# metrics and tables
+# metrics
 
 
 def curves_by_problem(rows, k: int) -> dict:
@@ -194,133 +179,3 @@ def summary(runs, k: int) -> dict:
         low, high = np.minimum(low, entry["curve"]), np.maximum(high, entry["curve"])
         entry |= {"curve": list(entry["curve"]), "low": list(low), "high": list(high)}
     return entries
-
-
-def percent(share, bounds=None) -> str:
-    """0.123 as "12.3", or as "12.3 [10.1, 14.5]" with bounds (0.101, 0.145)."""
-    text = f"{100 * share:.1f}"
-    return text if bounds is None else f"{text} [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]"
-
-
-def format_columns(header, body) -> str:
-    """Lines of text cells as aligned columns, the first flush left and the others flush right."""
-    columns = []
-    for i, column in enumerate(zip(header, *body, strict=True)):
-        width = max(map(len, column))
-        columns.append([cell.rjust(width) if i else cell.ljust(width) for cell in column])
-    first_line, *lines = ["  ".join(row) for row in zip(*columns, strict=True)]
-    return "\n".join([first_line, "-" * len(first_line), *lines])
-
-
-def summary_table(entries: dict, k: int) -> str:
-    """What summary() returns as a table, in percent and with 95 % intervals."""
-    first_entry = next(iter(entries.values()))
-    mean_at_n = next(name for name in first_entry if name.startswith("mean@"))
-    body = []
-    for benchmark, entry in entries.items():
-        bounds = list(zip(entry["low"], entry["high"], strict=True))  # of pass@1, ..., pass@n; pass@1 is mean@n
-        cells = [percent(entry[f"pass@{k}"], bounds[k - 1]), percent(entry[mean_at_n], bounds[0])]
-        cells += [percent(entry["truncated"]), f"{entry['length']:.0f}", percent(entry["no_answer"])]
-        body.append([benchmark, str(entry["problems"]), *cells])
-    return format_columns(["", "problems", f"pass@{k} %", f"{mean_at_n} %", "cut off %", "tokens", "no answer %"], body)
-
-
-def paper_table(summaries: dict, k: int) -> str:
-    """The paper's table, with our summaries {name: what summary() returns} under it; "-": not evaluated."""
-    benchmarks = BENCHMARKS.split(",")
-    body = [[name, *map(str, scores), f"{np.mean(scores):.1f}"] for name, scores in PAPER.items()]
-    for name, entries in summaries.items():
-        scores = [entries[benchmark][f"pass@{k}"] if benchmark in entries else math.nan for benchmark in benchmarks]
-        cells = ["-" if math.isnan(score) else percent(score) for score in [*scores, np.mean(scores)]]
-        body.append([f"ours: {name}", *cells])
-    return format_columns([f"paper: pass@8 %, ours: pass@{k} %", *benchmarks, MEAN], body)
-
-
-def comparison(variants: dict, k: int) -> str:
-    """A table of each later variant against the first, on the benchmarks that all runs have.
-
-    variants: {name: [rows of each run]}. ValueError if runs answer different problems, or have under k samples of each.
-    """
-    runs = {name: [rows_by_benchmark(rows) for rows in variant] for name, variant in variants.items()}
-    all_runs = [(name, run) for name, variant in runs.items() for run in variant]
-    baseline, first_run = all_runs[0]
-    benchmarks = shared_benchmarks([run for _, run in all_runs])
-    if not benchmarks:
-        available = ", ".join(f"{name} has {' and '.join(run)}" for name, run in all_runs)
-        raise ValueError(f"--compare: no benchmark in common: {available}")
-    for benchmark in benchmarks:
-        expected = {(row["problem"], row["gold"]) for row in first_run[benchmark]}
-        for name, run in all_runs:
-            differing = expected ^ {(row["problem"], row["gold"]) for row in run[benchmark]}
-            if differing:
-                example = f"{len(differing)} differ, for example (id, gold) = {min(differing)}"
-                raise ValueError(f"{baseline} and {name} do not answer the same problems of {benchmark}: {example}")
-
-    def scores(name, members, column):
-        """[R, P] for each of these benchmarks."""
-        return [curves_of_runs([run[benchmark] for run in runs[name]], k)[..., column] for benchmark in members]
-
-    groups = {benchmark: [benchmark] for benchmark in benchmarks}
-    if len(benchmarks) > 1:
-        groups[MEAN] = benchmarks
-    body = []
-    for name in list(variants)[1:]:
-        for metric, column in ((f"pass@{k}", k - 1), ("mean@n", 0)):
-            for label, members in groups.items():
-                ours, base = scores(name, members, column), scores(baseline, members, column)
-                means = [percent(np.mean([x.mean() for x in side])) for side in (ours, base)]
-                difference, bounds, p_value = paired(ours, base)
-                body.append([name, label, metric, *means, percent(difference, bounds), f"{p_value:.4f}"])
-    return format_columns(["variant", "", "%", "variant", baseline, "difference", "p"], body)
-
-
-# -----------------------------------------------------------------------------
-# picture and command
-
-
-def plot_pass_at_k(summaries: dict, path):
-    """Writes pass@k against k with 95 % bands: one panel per benchmark, one line per name of summaries."""
-    plt = pyplot()
-    benchmarks = list(dict.fromkeys(benchmark for entries in summaries.values() for benchmark in entries))
-    fig, axes = plt.subplots(1, len(benchmarks), figsize=(1 + 3.2 * len(benchmarks), 3.6), squeeze=False, sharey=True)
-    largest_k = max(len(entry["curve"]) for entries in summaries.values() for entry in entries.values())
-    ticks = [2**i for i in range(12) if 2**i <= largest_k]
-    for ax, benchmark in zip(axes[0], benchmarks, strict=True):
-        for i, (name, entries) in enumerate(summaries.items()):
-            if benchmark in entries:
-                curve, low, high = (100 * np.array(entries[benchmark][key]) for key in ("curve", "low", "high"))
-                ks = np.arange(1, len(curve) + 1)
-                ax.plot(ks, curve, marker="o", markersize=3, color=f"C{i}", label=name)
-                ax.fill_between(ks, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
-        ax.set(title=benchmark, xlabel="k", ylim=(0, 103), xscale="log")
-        ax.set_xticks(ticks, ticks)
-        ax.set_xticks([], minor=True)
-        ax.grid(alpha=0.3)
-    axes[0][0].set_ylabel("pass@k, %; band: 95 %")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4, frameon=False)
-    fig.tight_layout(rect=(0, 0, 1, 0.92))
-    fig.savefig(path, dpi=150)
-    plt.close(fig)
-
-
-def compare(cfg):
-    """evaluate.py --compare: prints the tables, and writes pass_at_k.png into --out."""
-    variants = {}
-    for argument in cfg.compare:  # NAME=A,B,C or A,B,C: runs of one variant, each a folder, a file or a glob pattern
-        name, equals, paths = argument.partition("=")
-        if not equals or "/" in name:  # a path may have an = of its own
-            name, paths = "", argument
-        files = []
-        for path in paths.split(","):
-            files += sorted(glob.glob(path)) or [path]  # if nothing matches, read_rows names the path in its error
-        variants[name or paths] = [read_rows(Path(file)) for file in files]
-    if len(variants) < 2:
-        raise ValueError("--compare needs two evaluations or more, with different names: --compare A=FOLDER B=FOLDER")
-    print(f"\n{comparison(variants, cfg.k)}\n")
-    summaries = {name: summary(runs, cfg.k) for name, runs in variants.items()}
-    if cfg.paper:
-        print(f"{paper_table(summaries, cfg.k)}\n")
-    out = Path(cfg.out or "out/eval")
-    out.mkdir(parents=True, exist_ok=True)
-    plot_pass_at_k(summaries, out / "pass_at_k.png")
-    print(f"the curves are in {out}/pass_at_k.png")

@@ -1,87 +1,19 @@
-"""The teacher, a model in this process or a vLLM server: what the loss needs of it, once per rollout batch.
+"""A teacher on another machine: a vLLM server that scores prompts.
 
-    teacher = load_teacher(cfg, path, tokenizer, vocabulary, device)     # --teacher_url: vllm serve MODEL --max-logprobs 32
-    targets = teacher.targets(batches)                              # one dictionary per micro-batch
-
-Targets are in fp32 on the host: {"logq_sampled": [N], log q of the sampled token; "topk_ids" [N, K], the K most likely
-tokens; "topk_logq" [N, K], their log-probs}. Full-vocabulary losses also get {"hidden": [N, H_t]}, and need a model here.
+vllm serve MODEL --max-logprobs 32                          # there
+teacher = ServerTeacher("http://HOST:8000/v1", cfg, tokenizer, vocabulary)
+targets = teacher.targets(batches)                          # as LocalTeacher's (policy.py), one dictionary per micro-batch
 """
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES
-from losses import head_kl, head_topk
-from policy import head_weights, load_policy
+from configs import TOPK_LOSSES
 
 REQUESTS = 32  # in flight, from each rank
 TIMEOUT = 10, 600  # seconds: to connect, and for an answer
 RETRIES = 5  # after pauses of 0, 1, 2, 4 and 8 s
-
-
-def load_teacher(cfg, path, tokenizer, vocabulary, device):
-    if cfg.teacher_url:
-        return ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
-    return LocalTeacher(load_policy(path, cfg, vocabulary, device, trainable=False), cfg, device)
-
-
-class LocalTeacher:
-    """A frozen Policy. With cfg.teacher_offload its weights wait in host memory between two rollout batches.
-
-    head: its (weight, bias), if the loss is over the whole vocabulary; else None.
-    """
-
-    def __init__(self, policy, cfg, device):
-        self.policy, self.cfg, self.device = policy, cfg, device
-        self.head = head_weights(policy) if cfg.loss in FULL_VOCABULARY_LOSSES else None
-        if cfg.teacher_offload:
-            policy.to("cpu")
-
-    def targets(self, batches):
-        if self.cfg.teacher_offload:
-            self.policy.to(self.device)
-        targets = [teacher_targets(self.policy, batch, self.cfg) for batch in batches]
-        if self.cfg.teacher_offload:
-            self.policy.to("cpu")
-        return targets
-
-    @torch.no_grad()
-    def reverse_kl(self, student, batches):
-        """The exact KL(student || teacher) at each response token, in nats, on the host: [N] for each micro-batch."""
-        if self.cfg.teacher_offload:
-            self.policy.to(self.device)
-        weight_t, bias_t = head_weights(self.policy)
-        kl = []
-        for batch in batches:
-            hidden_t = self.policy(batch.ids, batch.rows, batch.cols, lambda hidden, weight, bias: hidden)
-
-            def on_hidden(hidden, weight, bias, hidden_t=hidden_t):
-                options = student.head_options(self.cfg.temperature)
-                return head_kl(hidden, weight, hidden_t, weight_t, bias, bias_t, **options)[0]
-
-            kl.append(student(batch.ids, batch.rows, batch.cols, on_hidden).cpu())
-        if self.cfg.teacher_offload:
-            self.policy.to("cpu")
-        return kl
-
-
-@torch.no_grad()
-def teacher_targets(policy, batch, cfg):
-    """The targets of one micro-batch, from one forward pass of the teacher."""
-    k = cfg.topk if cfg.loss in TOPK_LOSSES else 1
-
-    def on_hidden(hidden, weight, bias):
-        ids, logq, logq_sampled = head_topk(
-            hidden, weight, k, bias, also_ids=batch.tokens[:, None], **policy.head_options(cfg.temperature)
-        )
-        targets = {"logq_sampled": logq_sampled[:, 0], "topk_ids": ids, "topk_logq": logq}
-        if cfg.loss in FULL_VOCABULARY_LOSSES:  # [N, H] is small beside [N, V]; the head is applied again in the loss
-            targets["hidden"] = hidden
-        return targets
-
-    targets = policy(batch.ids, batch.rows, batch.cols, on_hidden)
-    return {name: x.cpu() for name, x in targets.items()}
 
 
 class ServerTeacher:
@@ -90,7 +22,7 @@ class ServerTeacher:
     ValueError if its vocabulary or context does not fit; OSError if it does not answer, or refuses.
     """
 
-    head = None  # only a model in this process has one
+    head = None  # full-vocabulary losses need a teacher in this process
 
     def __init__(self, url, cfg, tokenizer, vocabulary):
         import requests

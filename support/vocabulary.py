@@ -1,0 +1,118 @@
+"""What the tokens of student and teacher have in common, and which of them end an answer.
+
+The one source for training, for evaluate.py, and for the generation config of the student that a run leaves.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from support.common import print0
+from support.errors import one_line
+
+
+@dataclass
+class Vocabulary:
+    size: int  # ids below it mean the same to student and teacher; further rows of the embeddings are padding
+    newline_ids: set[int]  # whose text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"
+    stop_ids: list[int]  # that end an answer of either
+    merged: list[int]  # the stop ids, if there are several and they count as one outcome (--merge_stops); else empty
+
+    def head_options(self, temperature) -> dict:
+        """What the head functions of losses.py need to know of the vocabulary."""
+        return {"temperature": temperature, "vocab": self.size, "merged": self.merged}
+
+
+def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False):
+    """(the student's tokenizer, the Vocabulary of all models) of paths {role: folder or hub name}; a "student" is among them.
+
+    ValueError if the tokenizers differ.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {"trust_remote_code": trust_remote_code}
+    tokenizers = {role: pretrained(AutoTokenizer, path, **options) for role, path in paths.items()}
+    tokenizer = tokenizers["student"]
+    size = shared_size(tokenizer, tokenizers.get("teacher", tokenizer))
+    for path in paths.values():
+        size = min(size, pretrained(AutoConfig, path, **options).get_text_config().vocab_size)
+    stops = {role: stop_ids_of(path, tokenizers[role]) for role, path in paths.items()}
+    stop_ids = sorted({i for ids in stops.values() for i in ids if i < size})
+    merged = stop_ids if merge_stops and len(stop_ids) > 1 else []
+    if not merged and stops.get("teacher", stops["student"]) != stops["student"]:
+        print0(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
+    return tokenizer, Vocabulary(size, newline_ids(tokenizer, size), stop_ids, merged)
+
+
+def pretrained(auto_class, path, **options):
+    """auto_class.from_pretrained(path), of a config or tokenizer. ValueError if there is no such folder or hub name, or no network."""
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except OSError as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+
+
+def shared_size(student, teacher) -> int:
+    """V such that ids below it mean the same to both tokenizers; ValueError if a token's ids differ.
+
+    Compares the maps, not the sizes: models of one family pad their embeddings differently.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    shared = min(max(ours.values()), max(theirs.values())) + 1  # not their lengths: there may be gaps between the ids
+    our_pairs, their_pairs = ({(token, i) for token, i in vocab.items() if i < shared} for vocab in (ours, theirs))
+    differ = sorted({token for token, _ in our_pairs ^ their_pairs})
+    if differ:
+        token = differ[0]
+        raise ValueError(
+            f"teacher and student have different tokenizers: {len(differ)} tokens differ, for example {token!r} "
+            f"is id {ours.get(token)} for the student and {theirs.get(token)} for the teacher"
+        )
+    return shared
+
+
+def newline_ids(tokenizer, size: int) -> set[int]:
+    texts = tokenizer.batch_decode([[i] for i in range(size)])
+    return {i for i, text in enumerate(texts) if "\n" in text}
+
+
+# -----------------------------------------------------------------------------
+# stop tokens
+
+
+def stop_ids_of(path, tokenizer) -> list[int]:
+    """The stop tokens of a model's folder or hub name. Not every model comes with a generation_config.json."""
+    from transformers import GenerationConfig
+
+    for file in ("generation_config.json", "config.json"):
+        with suppress(OSError):
+            return stop_ids(tokenizer, GenerationConfig.from_pretrained(path, config_file_name=file))
+    return stop_ids(tokenizer)
+
+
+def stop_ids(tokenizer, generation_config=None) -> list[int]:
+    """The EOS ids of tokenizer and generation config, and the end of turn of the chat template.
+
+    Base models often do not list their end-of-turn token as EOS, though the chat template ends every answer with it.
+    """
+    ids = set(end_of_turn(tokenizer))
+    for source in (tokenizer, generation_config):
+        eos = getattr(source, "eos_token_id", None)
+        ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos} - {None}
+    return sorted(ids)
+
+
+def end_of_turn(tokenizer) -> list[int]:
+    """The first special token that the chat template puts after an answer; empty if there is none."""
+    import jinja2
+
+    if not getattr(tokenizer, "chat_template", None):
+        return []
+    chat = [{"role": "user", "content": "1+1=?"}, {"role": "assistant", "content": "It is 2."}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except jinja2.exceptions.TemplateError:  # it refuses this conversation; data.encode() reports it if it refuses ours
+        return []
+    _, found, end = text.rpartition("It is 2.")
+    ids = tokenizer(end, add_special_tokens=False)["input_ids"] if found else []
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    # In some tokenizers the newline after the end-of-turn token is an added token, too, but it ends no answer.
+    return [i for i in ids if i in special and tokenizer.decode([i]).strip()][:1]

@@ -1,0 +1,158 @@
+"""python -m pytest tests/test_folder.py      (a run's folder: who may write to it, and what is deleted)"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, SMALL, flags, join, metrics, refused, run, slow_sampling, start, start_ranks, steps_of
+
+import evaluate
+import train
+from configs import TrainConfig, parse
+from support import checkpoint, files
+
+
+@pytest.mark.parametrize("again", ["overwrite", "resume"])
+def test_a_second_run_with_the_same_out_is_refused_and_the_first_goes_on(pair, tmp_path, again):
+    out = tmp_path / "run"
+    first = start(flags(pair, out, **SMALL | dict(steps=3)), slow_sampling)
+    while not (out / "metrics.jsonl").exists() or not metrics(out):
+        time.sleep(0.01)
+    options = {"overwrite": dict(overwrite="true", lr=1.0), "resume": dict(resume="auto", steps=3)}[again]
+    os.kill(first.pid, signal.SIGSTOP)  # so that it cannot finish first on a busy machine
+    refused(
+        flags(pair, out, **SMALL | options), f"is in use by process {first.pid} on .*: stop it, or choose another --out"
+    )
+    os.kill(first.pid, signal.SIGCONT)
+    assert join([first]) == 0
+    assert len(metrics(out)) == 3 and json.loads((out / "config.json").read_text())["lr"] == 3e-3
+
+
+def test_two_evaluations_with_the_same_out_exclude_each_other(tmp_path):
+    lock = evaluate.claim(tmp_path, {"a": 1}, overwrite=False)
+    with pytest.raises(ValueError, match="is in use by process"):
+        evaluate.claim(tmp_path, {"a": 1}, overwrite=True)
+    lock.release()
+    evaluate.claim(tmp_path, {"a": 1}, overwrite=False).release()
+
+
+def test_rotation_deletes_only_what_the_run_has_made(pair, tmp_path):
+    out = tmp_path / "run"
+    run(pair, out, **SMALL | dict(steps=2))
+    for name in ("step-1-best", "step-best", "step-0002"):
+        shutil.copytree(out / "step-1", out / name)
+    shutil.rmtree(out / "step-0002")
+    run(pair, out, **SMALL | dict(steps=4, keep=1, resume="true"))
+    assert {path.name for path in out.glob("step-*")} == {"step-4", "step-1-best", "step-best"}
+
+
+def test_overwrite_does_not_delete_what_the_run_is_about_to_read(pair, tmp_path):
+    run(pair, tmp_path / "a")
+    second = (pair[0], str(tmp_path / "a/final"))
+    for out, name in ((tmp_path / "a", "student"), (tmp_path / "a/final", "student")):
+        with pytest.raises(SystemExit, match=f"--overwrite would delete --{name} .*/a/final: choose another --out"):
+            train.main(parse(TrainConfig, flags(second, out, overwrite="true")))
+    assert (tmp_path / "a/final/model.safetensors").exists() and steps_of(tmp_path / "a")
+    train.main(parse(TrainConfig, flags(second, tmp_path / "b", overwrite="true")))
+
+
+def test_an_overwrite_that_is_interrupted_leaves_no_checkpoint_to_a_new_run(pair, tmp_path, monkeypatch):
+    run(pair, tmp_path, save_every=1)
+    delete, done = files.delete, []
+
+    def interrupted(path):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        delete(path)
+
+    monkeypatch.setattr(files, "delete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.claim_folder(tmp_path, "config.json", overwrite=True)
+    assert (tmp_path / "config.json").exists() and len(done) == 2
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match="already holds a run"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=1)))
+
+
+def test_an_overwrite_clears_what_a_kill_has_left_under_a_temporary_name(pair, tmp_path):
+    """Whichever the file system lists first, final or final.tmp."""
+    run(pair, tmp_path, steps=1)
+    for name in ("final.tmp", "step-1.tmp", "model.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "torn").touch()
+    files.claim_folder(tmp_path, "config.json", overwrite=True).release()
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".holder"}
+
+
+def test_files_of_others_stay_where_they_are(tmp_path):
+    (tmp_path / "thesis.tmp").write_text("my only copy")
+    files.claim_folder(tmp_path, "config.json", overwrite=True).release()
+    assert (tmp_path / "thesis.tmp").exists()
+
+
+def test_a_run_without_a_checkpoint_is_told_what_works(pair, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="with --resume auto the run starts from the beginning"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, resume="true")))
+    train.main(parse(TrainConfig, flags(pair, tmp_path, resume="auto", steps=1)))
+
+
+def test_a_checkpoint_that_cannot_be_deleted_ends_both_ranks(pair, tmp_path):
+    def one_rank(rank):
+        def broken(path):
+            raise OSError("the file is busy")
+
+        checkpoint.delete = broken
+        train.main(parse(TrainConfig, flags(pair, tmp_path / "out", steps=3, save_every=1, keep=1)))
+
+    assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 1
+    assert (tmp_path / "log").read_text().count("train.py: the file is busy") == 1
+
+
+def test_the_command_that_resumes_works_from_another_folder(pair, tmp_path, monkeypatch):
+    from configs import command_line
+
+    monkeypatch.chdir(ROOT)
+    out = os.path.relpath(tmp_path / "run")
+    cfg = parse(TrainConfig, flags(pair, out, **SMALL | dict(steps=1)))
+    train.main(cfg)
+    cfg.steps, cfg.resume = 2, "true"
+    command = command_line(cfg).replace("&& python", f"&& {sys.executable}")
+    subprocess.run(command, shell=True, cwd="/", check=True, capture_output=True)
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_file_systems_without_locks_and_without_flushing_of_folders(pair, tmp_path, monkeypatch, capsys):
+    """tox-dev/filelock#67 (Lustre), rfjakob/gocryptfs#587."""
+    fsync = os.fsync
+
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def no_folder(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    monkeypatch.setattr(os, "fsync", no_folder)
+    run(pair, tmp_path / "run", **SMALL)
+    assert "run cannot be locked ([Errno 37] No locks available): do not start two runs" in capsys.readouterr().out
+
+
+def test_a_disk_that_fails_is_still_an_error(tmp_path, monkeypatch):
+    def broken(fd):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        files.fsync(tmp_path)

@@ -1,0 +1,126 @@
+"""python -m pytest tests/test_logging.py      (metrics, pictures, output)"""
+
+import ast
+import importlib.machinery
+import json
+import os
+import subprocess
+import sys
+import types
+
+import torch
+from helpers import ENV, ROOT, SMALL, flags, metrics, refused, run
+
+import evaluate
+from configs import EvalConfig, parse
+from support import common, plot, report
+from support.metrics import by_position
+
+
+class FakeWandb(types.ModuleType):
+    """Remembers its calls; `error` is what init raises."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.errors = types.SimpleNamespace(Error=KeyError)
+        self.util = types.SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
+        self.started, self.logged, self.error = [], [], None
+
+    def init(self, **options):
+        if self.error:
+            raise self.error
+        self.started.append(options)
+
+    def log(self, row, step):
+        self.logged.append(step)
+
+
+def test_a_resumed_run_goes_on_as_the_same_wandb_run(pair, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = tmp_path / "run"
+    run(pair, out, **SMALL | dict(log="wandb"))
+    run(pair, out, **SMALL | dict(log="wandb", steps=3, resume="true"))
+    assert [options["id"] for options in fake.started] == ["id0", "id0"] and fake.logged == [1, 2, 3]
+    assert {options["dir"] for options in fake.started} == {str(out)}
+    run(pair, out, **SMALL | dict(log="wandb", overwrite="true"))
+    assert fake.started[-1]["id"] == "id2"  # another run
+    fake.error = KeyError("api_key not configured")
+    refused(flags(pair, tmp_path / "b", log="wandb"), "--log wandb: .*api_key not configured")
+
+
+def test_a_resumed_run_purges_the_steps_that_tensorboard_has_from_before(pair, tmp_path, monkeypatch):
+    made = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            made.append(purge_step)
+
+        def add_scalar(self, *_):
+            pass
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        fake = types.ModuleType(name)
+        fake.__spec__, fake.SummaryWriter = importlib.machinery.ModuleSpec(name, None), Writer
+        monkeypatch.setitem(sys.modules, name, fake)
+    run(pair, tmp_path / "run", **SMALL | dict(log="tensorboard"))
+    run(pair, tmp_path / "run", **SMALL | dict(log="tensorboard", steps=3, resume="true"))
+    assert made == [None, 3]
+
+
+def test_a_notebooks_matplotlib_backend_does_not_matter():
+    """bmaltais/kohya_ss#2521, deeptools/deepTools#1416: !python train.py in a notebook, from another environment."""
+    env = ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    subprocess.run([sys.executable, "-c", "from support import plot; plot.pyplot()"], cwd=ROOT, env=env, check=True)
+
+
+def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(plot, "draw", fail)
+    monkeypatch.setattr(report, "plot_pass_at_k", fail)
+    run(pair, tmp_path / "run", steps=1)
+    _, _, after = capsys.readouterr().out.partition("warning: no picture: no space left\n")
+    assert f"student   {tmp_path}/run/final" in after  # it went on to the table at its end
+    options = ["--model", pair[1], "--data", "toy", "--eval_problems", "2", "--k", "1", "--max_response", "5"]
+    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
+    assert "samples.jsonl, every completion" in capsys.readouterr().out
+
+
+def test_output_that_nobody_reads_ends_nothing(pair, tmp_path):
+    """pytorch/pytorch#67538: a pipe that was closed, as by | head, or by the end of an SSH session."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, ROOT / "train.py", *flags(pair, tmp_path / "run", sample_every=1)]
+    ended = subprocess.run(command, stdout=write_end, stderr=write_end, env=ENV)
+    assert ended.returncode == 0 and (tmp_path / "run/final").exists() and len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_plot_of_a_killed_run_leaves_out_its_torn_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert plot.read_jsonl(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 0.5}]
+    plot.main([str(tmp_path)])
+    assert (tmp_path / "curves.png").exists()
+
+
+def test_positions_without_a_token_have_no_gate(tmp_path):
+    position = torch.tensor([(i + 0.5) / 10 for i in range(10)])
+    values = by_position(torch.ones(10), position)
+    assert values == [None, 1.0] * 10 or values == [1.0, None] * 10
+    rows = [{"step": i, "gate/by_position": values} for i in (1, 2)]
+    plot.draw_gates(json.loads(json.dumps(rows)), tmp_path / "gates.png", "gates")
+    assert (tmp_path / "gates.png").stat().st_size > 3000
+
+
+def test_a_machine_without_git_is_no_error(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert common.versions.__wrapped__()["commit"] == ""
+
+
+def test_python_without_asserts_loses_nothing():
+    """dpkp/kafka-python#1348, NVIDIA-NeMo/RL#4018: under python -O vLLM would have kept the cache of the old weights."""
+    for path in [path for path in ROOT.glob("*.py") if not path.name.startswith("test_")]:
+        found = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert not found, path
