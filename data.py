@@ -341,7 +341,7 @@ class MicroBatch:
     logp_sampler: Tensor  # [N] the sampler's log-probs at temperature 1; only compared with the trainer's
     rollouts: list  # the B rollouts, on the host; none if the batch only fills up
     teacher: dict = field(default_factory=dict)  # the teacher's targets (train.py lists them), on the host
-    logp_old: Tensor | None = None  # [N] the student's log-probs before the first update on these rollouts
+    logp_old: Tensor | None = None  # [N] the student's log-probs in its first pass over them, before any update on them
 
 
 def collate(rollouts, cfg, vocabulary: Vocabulary, device, empty=False) -> MicroBatch:

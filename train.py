@@ -89,7 +89,7 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 #   segments [N]         index of the gate's segment that each token is in
 #   position [N]         where in its response each token is, in (0, 1); for plots
 #   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics only
-#   logp_old [N]         log pi_old(y_t), the student's before the first update on these rollouts
+#   logp_old [N]         log pi_old(y_t), the student's before the first update on these rollouts: those of the first pass over them
 #   teacher              what the teacher says, at cfg.temperature like logp_old; on the host, since every epoch reads it again:
 #                          "logq_sampled" [N]: log q(y_t)
 #                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K = 1 for losses that do not use them)
@@ -102,7 +102,7 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 def student_outputs(policy, batch, cfg, teacher_head=None) -> dict:
     """One forward pass of the student, and what the loss needs of it, with gradient:
 
-    "logp" [N]: log pi(y_t), for every loss, because the gate reads it
+    "logp" [N]: log pi(y_t), for every loss, because the gate reads it; the first pass over a batch keeps them as its logp_old
     "z" [N, K], "lse" [N]: logits of the teacher's top-K tokens, and the logsumexp of all logits, for the top-K losses
     "kl" [N]: the divergence itself, for full-vocabulary losses. teacher_head: (weight, bias), for these only
     """
@@ -111,17 +111,22 @@ def student_outputs(policy, batch, cfg, teacher_head=None) -> dict:
     sampled = batch.tokens[:, None]  # [N, 1]
     if cfg.loss == "opd":
         z, lse = head_logits(hidden, *policy.head(), sampled, **options)
-        return {"logp": z[:, 0] - lse}
-    if cfg.loss in TOPK_LOSSES:
+        outputs = {}
+    elif cfg.loss in TOPK_LOSSES:
         ids = torch.cat([sampled, batch.teacher["topk_ids"].to(sampled.device)], 1)  # [N, 1 + K]
         z, lse = head_logits(hidden, *policy.head(), ids, **options)
-        return {"logp": z[:, 0] - lse, "z": z[:, 1:], "lse": lse}
-    beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]  # as head_kl defines it
-    hidden_t = batch.teacher["hidden"].to(hidden.device)  # [N, H_t]
-    kl, lse = head_kl(hidden, *policy.head(), hidden_t, *teacher_head, beta=beta, **options)
-    with torch.no_grad():  # only for the gate
-        z, _ = head_logits(hidden, *policy.head(), sampled, want_lse=False, **options)
-    return {"logp": z[:, 0] - lse, "kl": kl}
+        outputs = {"z": z[:, 1:], "lse": lse}
+    else:
+        beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]  # as head_kl defines it
+        hidden_t = batch.teacher["hidden"].to(hidden.device)  # [N, H_t]
+        kl, lse = head_kl(hidden, *policy.head(), hidden_t, *teacher_head, beta=beta, **options)
+        with torch.no_grad():  # only for the gate
+            z, _ = head_logits(hidden, *policy.head(), sampled, want_lse=False, **options)
+        outputs = {"kl": kl}
+    outputs["logp"] = z[:, 0] - lse
+    if batch.logp_old is None:
+        batch.logp_old = outputs["logp"].detach()
+    return outputs
 
 
 def base_loss(outputs, batch, cfg):
@@ -169,8 +174,6 @@ def update(policy, optimizer, micro_batches, cfg, teacher_head=None):
     per_token = []
     for batch in micro_batches:
         outputs = student_outputs(policy, batch, cfg, teacher_head)
-        if batch.logp_old is None:
-            batch.logp_old = outputs["logp"].detach()
         loss, info = base_loss(outputs, batch, cfg)
         # Drift d of each token, its signed mean s over each segment, and the gate g = exp(-tau |s|), all without gradient.
         d = drift(outputs["logp"].detach(), batch.logp_old)
@@ -289,11 +292,11 @@ def train(run, cfg):
             batch.teacher = batch_targets
         clock.lap("teacher")
 
-        # ---- Old log-probs: the student's own, before the first update, from the pass that the update makes, too. So drift is
-        # exactly 0 until the weights change.
+        # ---- Old log-probs: the student's own, before any update, from the very pass that the update makes, so drift is exactly 0
+        # until the weights change. The first minibatch needs none here, since it is trained on before any update.
         with torch.set_grad_enabled(compiles(cfg)):  # without gradient, torch.compile would run another graph
             for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
-                batch.logp_old = token_logprobs(policy, batch, cfg.temperature).detach()
+                student_outputs(policy, batch, cfg, teacher.head)
         with torch.no_grad():
             # The sampler reports log-probs at temperature 1, whatever it samples at. If training uses another temperature,
             # one micro-batch is scored at 1, for metrics.sampler_metrics to compare.

@@ -124,7 +124,7 @@ class Setting:
     @torch.no_grad()
     def set_old_logprobs(self, minibatch, cfg):
         for batch in minibatch:
-            batch.logp_old = train.student_outputs(self.student, batch, cfg)["logp"]
+            train.student_outputs(self.student, batch, cfg)
 
 
 def now():

@@ -70,8 +70,6 @@ def our_steps(job):
         (batches,) = data.make_minibatches(rollouts, cfg, n, vocabulary, device)
         for batch in batches:
             batch.teacher = policy.teacher_targets(teacher, batch, cfg)
-            with torch.no_grad():
-                batch.logp_old = train.student_outputs(student, batch, cfg)["logp"]
         train.update(student, optimizer, batches, cfg)
         steps.append((time.process_time() - start, sum(len(r.response) for r in rollouts)))
     return steps
