@@ -24,9 +24,9 @@ TEMPLATES = ("auto", "chat", "think", "dapo", "plain", "solution", "raw")  # dat
 # TrainConfig's defaults are the paper's settings. A preset is what differs from them.
 PRESETS = {
     "tiny": dict(
-        student="toy", teacher="toy", data="toy", rollout="hf", eval_problems=128, eval_every=25,
+        student="toy", teacher="toy", data="toy", rollout="hf", eval_problems=64, eval_every=20,
         threads=1, max_prompt=64, max_response=100, prompts=8, top_p=1.0, topk=16, block=16, span_min=8, span_max=32,
-        steps=100, minibatches=2, micro_tokens=2048, lr=1e-3, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, loss="lsm",
+        steps=40, minibatches=2, micro_tokens=2048, lr=1e-3, schedule="linear", warmup=4, beta2=0.98, weight_decay=0.0, loss="lsm",
     ),
     "qwen3": dict(
         student="Qwen/Qwen3-1.7B-Base", teacher="Thinking-Space/Qwen3-4B-Base-GRPO", data="dapo",

@@ -257,7 +257,6 @@ def train(run, cfg):
     """The loop. It ends after cfg.steps steps, or earlier where a signal asks for it."""
     policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer
     n_bad = 0  # updates in a row that were skipped
-    scores = {}  # of the newest evaluation, for the progress bar
     run.stop.listen()
     while True:
         step = run.step  # so many are done
@@ -269,7 +268,7 @@ def train(run, cfg):
             if run.stop.requested():  # its responses were cut short: a resumed run evaluates again
                 break
             run.logger.log(EVALUATIONS, {"step": step, **row})
-            scores = {name: x for name, x in row.items() if name.partition("@")[2].isdigit()}
+            print0(report.evaluation_line(step, row))
         if step >= cfg.steps:
             break
 
@@ -341,7 +340,7 @@ def train(run, cfg):
         if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
             text = run.tokenizer.decode(rollouts[0].response)
             print0(f"--- step {step}, a response ({rollouts[0].finish}): {text!r}")
-        shown = {name: row[name] for name in ("loss", "kl_sampled", "gate/ess") if name in row} | scores
+        shown = {name: row[name] for name in ("loss", "kl_sampled", "gate/ess") if name in row}
         run.bar.set_postfix({name: f"{x:.3g}" for name, x in shown.items()}, refresh=False)
         run.bar.update()
 

@@ -170,6 +170,13 @@ def first_and_last(cfg) -> dict:
     return {name: (first[name], last[name]) for name in last}
 
 
+def evaluation_line(step, row) -> str:
+    """What an evaluation in the loop prints: shares in percent, KLs in nats."""
+    shares = [f"{name} {percent(x)} %" for name, x in row.items() if re.fullmatch(r"eval/.*(pass|mean)@\d+", name)]
+    kls = [f"{name} {x:.3f}" for name, x in row.items() if name.endswith("/kl")]
+    return f"step {step}: " + ", ".join(shares + kls)
+
+
 def end_table(cfg) -> str:
     """The first and the last value of the metrics that a run is judged by, and where its results are."""
     body = []

@@ -307,7 +307,7 @@ def test_wrong_flags_are_one_line(pair, tmp_path, capsys, options, message):
 
 
 @pytest.mark.parametrize(
-    "argv, student, steps", [(["--device", "cpu"], "toy", 100), (["--preset", "qwen3"], "Qwen/Qwen3-1.7B-Base", 200)]
+    "argv, student, steps", [(["--device", "cpu"], "toy", 40), (["--preset", "qwen3"], "Qwen/Qwen3-1.7B-Base", 200)]
 )
 def test_help_shows_the_defaults_that_hold(capsys, argv, student, steps):
     with pytest.raises(SystemExit):
