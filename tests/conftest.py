@@ -12,14 +12,13 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before thes
 
 import pytest
 import torch
-from helpers import tiny_model
-
 import data
 import policy
 import rollout
 import train
 from configs import FULL_VOCABULARY_LOSSES, TrainConfig, parse
 from policy import teacher_targets
+from study.pretrain_toy import model as tiny_model
 from support import toy
 from support.vocabulary import Vocabulary, newline_ids
 
