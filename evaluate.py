@@ -50,7 +50,7 @@ from support.vocabulary import load_tokenizer, pretrained
 
 # Flags that change no sample, so that a folder may be used again with another value
 NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory batch tp".split()
-FORMAT = 2  # of samples.jsonl and identity.json
+FORMAT = 3  # of samples.jsonl and identity.json
 
 # -----------------------------------------------------------------------------
 # sampling and grading
