@@ -69,7 +69,7 @@ def answer(sampler, tokenizer, jobs, grader, *, seed, **sampling):
 
 
 def text_of(r, tokenizer):
-    """The text of a rollout's response without special tokens, but with the <think> tags that tell grade.py what to skip.
+    """The text of a rollout's response without special tokens, but with the <think> tags that tell the grader what to skip.
 
     Some tokenizers count the tags as special tokens; some chat templates open the reasoning at the end of the prompt.
     """
