@@ -88,7 +88,7 @@ def model(hidden: int, heads: int, seed: int, layers: int = 3):
     config = Qwen3Config(
         vocab_size=len(toy.VOCAB), hidden_size=hidden, intermediate_size=3 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.05,
+        max_position_embeddings=192, tie_word_embeddings=True, initializer_range=0.05,
         pad_token_id=toy.ID["<pad>"], bos_token_id=toy.ID["<bos>"], eos_token_id=toy.ID["<eos>"],
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
