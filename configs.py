@@ -44,7 +44,7 @@ def arg(default, help, *, low=None, high=2**31 - 1, may_change=False, section=No
 
 
 # fmt: off
-DATA = "hub name, file or toy. Rows have a question (prompt, problem or question) and an answer (answer, expected_answer, ground_truth or reward_model); files: .jsonl, .json, .csv, .parquet"
+DATA = "hub name or folder, with :SPLIT if not the usual one, file, or toy. Rows have a question (prompt, problem or question) and an answer (answer, expected_answer, ground_truth or reward_model); files: .jsonl, .json, .csv, .parquet"
 TEMPLATE = "how a question becomes a prompt: " + ", ".join(TEMPLATES) + ", or a text with {question}; auto: chat if the tokenizer has a chat template, else plain"
 
 

@@ -5,12 +5,16 @@ ids = encode(problems[0], tokenizer, "auto")       # prompt token ids; the templ
 minibatches = make_minibatches(rollouts, ...)      # [minibatch][micro-batch] of MicroBatch, for this rank
 """
 
+import ast
 import datetime
 import functools
 import hashlib
 import json
 import random
+import re
+import string
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,11 +24,11 @@ from torch import Tensor, nn
 
 from gating import segment_lengths
 from support import toy
-from support.common import seed_for
+from support.common import one_rank_at_a_time, print0, seed_for
 from support.errors import one_line
 from support.vocabulary import Vocabulary
 
-# name: (hub repository, configuration, split)
+# name: (hub repository, configuration, split, unless the name ends in :SPLIT)
 HUB = {
     "math500": ("HuggingFaceH4/MATH-500", None, "test"),
     "aime24": ("HuggingFaceH4/aime_2024", None, "train"),
@@ -36,6 +40,15 @@ HUB = {
 }
 PROMPT_COLUMNS = ("prompt", "problem", "question")
 ANSWER_COLUMNS = ("answer", "expected_answer", "ground_truth", "reward_model")  # DAPO's is {"ground_truth": ...}
+# Parts of the question in columns of their own: text that goes before it, and options, which become lettered lines after it
+TEXT_COLUMNS = ("body", "context", "passage")
+OPTION_COLUMNS = ("options", "choices")
+# What no prompt can carry: image, images, image_1, decoded_image, image_path, ...
+OTHER_COLUMNS = re.compile(r"(.*_)?(image|img|picture|photo|figure|diagram|chart|table|audio|video|hint)s?(_.*|\d+)?")
+# A control character, or what is left of LaTeX after a JSON parser has read \frac, \beta, \right, \times or \neq as an escape
+GARBLED = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n(eq|abla|otin)\b|\t(imes|ext(bf|rm|it)?|heta|riangle|frac|au|ilde)\b"
+)
 FILE_FORMATS = {
     ".jsonl": "json",
     ".json": "json",
@@ -62,6 +75,7 @@ TEXT_TEMPLATES = {
     "solution": "{question}\n\nSolution:",
     "raw": "{question}",
 }
+NUMBER = "number of the row"  # a column that numbered_rows adds
 DATE = datetime.date(2025, 1, 1)  # today to chat templates that name the date: a run must not change at midnight
 MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
@@ -77,33 +91,38 @@ class Problem:
 
 
 def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]:
-    """Problems of a benchmark's name, a hub dataset, a file (SUFFIXES), or "toy", without repeated prompts.
+    """Problems of a benchmark's name, a hub dataset, a file (FILE_FORMATS), or "toy", without repeated questions.
 
-    seed: for training: shuffle with it; answers may be missing. None: for evaluation: keep the order, and insist on an
-    answer and an id of its own for every problem. Without an id, a problem gets its row's number. limit: at most this
-    many; 0 for all. ValueError if a dataset is empty or unreadable, or has a row that is not a problem.
+    A dataset's name may end in :SPLIT. seed: for training: shuffle with it; answers may be missing. None: for evaluation: keep
+    the order, and insist on an answer and an id of its own for every problem. Without an id, a problem gets its row's number.
+    limit: at most this many; 0 for all. Prints what it leaves out. ValueError if a dataset is empty or unreadable, or has a
+    row that is not a whole problem.
     """
     is_training = seed is not None
     if name == "toy":
         pairs = toy.problems(limit or (4096 if is_training else 256), seed if is_training else toy.HELD_OUT)
         return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
-    problems, seen_prompts, row_of_id = [], set(), {}
-    for number, row in enumerate(read_rows(name), 1):
-        row = {str(column).lower(): cell for column, cell in row.items()}
-        prompt = bare_question(first_cell(row, PROMPT_COLUMNS))
-        if prompt is None:
-            known = ", ".join(PROMPT_COLUMNS)
-            raise ValueError(f"{name}, row {number} has neither text nor chat in the columns {known}: {str(row)[:200]}")
-        answer = final_answer(first_cell(row, ANSWER_COLUMNS))
-        if not answer and not is_training:
+    base, _ = name_and_split(name)
+    can_mend = file_format(base) or not is_training  # a hub dataset trains without its unfit rows
+    problems, first_with, row_of_id, left_out = [], {}, {}, Counter()
+    for number, row in read_rows(name, is_training):
+        where = f"{name}, row {number}"
+        row = {str(column).lower(): cell for column, cell in row.items() if cell not in (None, "", [], {})}
+        prompt, answer = question_and_answer(row, where)
+        if not answer.strip() and not is_training:
             known = ", ".join(ANSWER_COLUMNS)
-            raise ValueError(f"{name}, row {number}: answer is empty; evaluation needs an answer, in {known}")
-        if str(prompt) in seen_prompts:
+            raise ValueError(f"{where}: answer is empty; evaluation needs an answer, in {known}")
+        fault = garbled(text_of(prompt)) or garbled(answer)
+        answer = answer.strip()
+        first_answer, first_number = first_with.setdefault(str(prompt), (answer, number))
+        if answer != first_answer:
+            fault = f"the question is that of row {first_number}, but the answer is {answer!r}, not {first_answer!r}"
+        if fault and can_mend:
+            raise ValueError(f"{where}: {fault}")
+        if fault or number != first_number:
+            left_out["rows that are garbled or contradict another" if fault else "rows that repeat a question"] += 1
             continue
-        seen_prompts.add(str(prompt))
-        id = "" if row.get("id") is None else str(row["id"])
-        if not id.strip():
-            id = f"{Path(name).stem}-{number - 1}"
+        id = str(row.get("id", "")).strip() or f"{Path(base).stem}-{number - 1}"
         if id in row_of_id:
             if not is_training:
                 rows = f"{row_of_id[id]} and {number}"
@@ -113,44 +132,98 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
         problems.append(Problem(id, prompt, answer))
     if not problems:
         raise ValueError(f"{name} is empty")
+    most = limit or len(problems)
     if is_training:
-        order = np.random.default_rng(seed).permutation(len(problems)).tolist()
-        problems = [problems[i] for i in order[:MAX_PROBLEMS]]
-    return problems[:limit] if limit else problems
+        problems = [problems[i] for i in np.random.default_rng(seed).permutation(len(problems))]
+        most = min(most, MAX_PROBLEMS)
+    left_out[f"problems beyond {most:,}"] = max(0, len(problems) - most)
+    if left_out.total():
+        print0(f"data: {name}, without " + " and ".join(f"{n:,} {what}" for what, n in left_out.items() if n))
+    return problems[:most]
 
 
-def read_rows(name):
-    """The rows of a hub dataset or a file, as dictionaries."""
+def name_and_split(name):
+    """("gsm8k", "train") of gsm8k:train; the split is "" if the name has none."""
+    base, _, split = name.rpartition(":")
+    return (base, split) if base and "/" not in split and not Path(name).exists() else (name, "")
+
+
+def file_format(name):
+    """What datasets calls the format of a file's name; None if it is no file's name, and so a hub dataset's or a folder's."""
+    return FILE_FORMATS.get(Path(name.lower().removesuffix(".gz")).suffix)
+
+
+def read_rows(name, is_training) -> list[tuple[int, dict]]:
+    """[(number, row)] of a hub dataset or a file. Numbers are from 1; those of a .jsonl file are its lines'."""
     import datasets
     import pandas
 
-    path = Path(name)
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    if suffix not in FILE_FORMATS:
-        repository, configuration, split = HUB.get(name, (name, None, "train"))
+    base, split = name_and_split(name)
+    format = file_format(base)
+    if not format:
+        repository, configuration, usual_split = HUB.get(base, (base, None, ""))
         try:
-            return datasets.load_dataset(repository, configuration, split=split)
-        except (OSError, ValueError) as error:  # no such dataset or split, or no network
+            splits = datasets.load_dataset(repository, configuration)
+        except (OSError, ValueError) as error:  # no such dataset, or no network
             raise ValueError(
-                f"{name} is no file ({', '.join(FILE_FORMATS)}), and the hub says: {one_line(error)}"
+                f"{base} is no file ({', '.join(FILE_FORMATS)}), and the hub says: {one_line(error)}"
             ) from error
-    if not path.is_file():
-        raise ValueError(f"no such file: {name}")
-    if path.suffix.lower() == ".jsonl":
-        return read_jsonl_rows(path)
+        return numbered_rows(splits[choose_split(base, list(splits), split or usual_split, is_training)])
+    if split or not Path(base).is_file():
+        raise ValueError(f"no such file: {name}" + (" (a file has no splits)" if split else ""))
+    if base.lower().endswith(".jsonl"):
+        return read_jsonl_rows(Path(base))
     try:
-        if suffix == ".csv":  # datasets would make numbers of ids and answers: 1 of 01
-            return pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
-        return datasets.load_dataset(FILE_FORMATS[suffix], data_files=name, split="train")
+        if format == "csv":  # datasets would make numbers of ids and answers: 1 of 01
+            rows = pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
+            return list(enumerate(rows, 1))
+        return numbered_rows(datasets.load_dataset(format, data_files=name, split="train"))
     except OSError as error:
         hint = "If that is the cache of datasets, set HF_HOME to a folder that can be written to"
         raise ValueError(f"{name}: {one_line(error)}. {hint}") from error
     except Exception as error:  # of many kinds, such as StopIteration for an empty file
-        raise ValueError(f"{name} is not a readable {suffix[1:]} file: {one_line(error.__cause__ or error)}") from error
+        raise ValueError(f"{name} is not a readable {format} file: {one_line(error.__cause__ or error)}") from error
 
 
-def read_jsonl_rows(path: Path) -> list[dict]:
-    """The rows of a .jsonl file, whose columns may be of several types, which datasets refuses."""
+def choose_split(name, splits, split, is_training):
+    """`split` if one is asked for; else train, or for evaluation test, then validation, then the only one there is."""
+    usual = ["train"] if is_training else ["test", "validation", *(splits if len(splits) == 1 else [])]
+    found = [x for x in ([split] if split else usual) if x in splits]
+    if not found:
+        raise ValueError(f"{name} has the splits {', '.join(splits)}: name one of them, as in {name}:{splits[0]}")
+    if not split:
+        print0(
+            f"data: {name} has the splits {', '.join(splits)}; {'training' if is_training else 'evaluation'} takes {found[0]}"
+        )
+    return found[0]
+
+
+def numbered_rows(rows) -> list[tuple[int, dict]]:
+    """[(number, row)] of a datasets.Dataset. A large one loses its repeated rows first, and datasets caches what is left.
+
+    DAPO's file has each of its 17,917 rows a hundred times, of which dictionaries take minutes.
+    """
+    import pyarrow
+
+    if len(rows) <= MAX_PROBLEMS:
+        return list(enumerate(rows.to_list(), 1))
+    known = {*PROMPT_COLUMNS, *ANSWER_COLUMNS, *TEXT_COLUMNS, *OPTION_COLUMNS}
+    columns = [column for column in rows.column_names if column.lower() in known]
+    seen = set()
+
+    def first_ones(table, numbers):
+        keys = [str(row) for row in table.select(columns).to_pylist()]
+        is_first = [not (key in seen or seen.add(key)) for key in keys]
+        return table.append_column(NUMBER, pyarrow.array(numbers)).filter(pyarrow.array(is_first))
+
+    options = {"batched": True, "with_indices": True, "desc": "looking for repeated rows"}
+    distinct = rows.with_format("arrow").map(first_ones, **options).with_format(None)
+    print0(f"data: {len(rows):,} rows, of which {len(rows) - len(distinct):,} repeat another")
+    return [(row.pop(NUMBER) + 1, row) for row in distinct.to_list()]
+
+
+def read_jsonl_rows(path: Path) -> list[tuple[int, dict]]:
+    """[(line, row)] of a .jsonl file, whose columns may be of several types, which datasets refuses."""
     rows = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if not line.strip():
@@ -161,38 +234,116 @@ def read_jsonl_rows(path: Path) -> list[dict]:
             raise ValueError(f"{path} is not a readable jsonl file: line {number}: {one_line(error)}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}, is {str(row)[:80]!r}; it must be an object")
-        rows.append(row)
+        rows.append((number, row))
     return rows
+
+
+# -----------------------------------------------------------------------------
+# from a row, {column: cell}, to a question and its answer
+
+
+def question_and_answer(row, where) -> tuple[str | list[dict], str]:
+    """The question, with the parts of it that stand in other columns, and the answer; "" if there is none."""
+    prompt = bare_question(first_cell(row, PROMPT_COLUMNS))
+    if prompt is None:
+        known = ", ".join(PROMPT_COLUMNS)
+        raise ValueError(f"{where} has neither text nor chat in the columns {known}: {str(row)[:200]}")
+    answer = final_answer(first_cell(row, ANSWER_COLUMNS))
+    asked, is_text = text_of(prompt), isinstance(prompt, str)
+    before, options = [], {}
+    for column, cell in row.items():
+        if column in TEXT_COLUMNS and is_text and isinstance(cell, str):
+            before += [cell] if cell not in asked else []
+        elif column in OPTION_COLUMNS and is_text and options_of(cell):
+            options = options_of(cell)
+        elif is_part(column, cell) and text_of(bare_question(cell) or "\0") not in asked:
+            remedy = "put it into the question, or drop the column if the question is whole without it"
+            raise ValueError(f"{where}: no prompt is made of its column {column}: {remedy}")
+    if options and answer:
+        answer = letter_of(answer.strip(), options, where)
+    lines = [f"{letter}. {option}" for letter, option in options.items()]
+    return "\n".join([*before, prompt, *lines]) if is_text else prompt, answer
+
+
+def is_part(column, cell) -> bool:
+    """Whether the column holds a part of the question: a text or more, but no number, such as one of images."""
+    is_named = column in (*PROMPT_COLUMNS, *TEXT_COLUMNS, *OPTION_COLUMNS) or OTHER_COLUMNS.fullmatch(column)
+    return bool(is_named) and not isinstance(cell, (bool, int, float))
+
+
+def options_of(cell) -> dict[str, str]:
+    """{letter: option} of ["4", "6"] or {"A": "4", "B": "6"}; {} of anything else."""
+    cell = parsed(cell)
+    if isinstance(cell, list) and len(cell) <= 26:
+        cell = dict(zip(string.ascii_uppercase, cell, strict=False))
+    if not isinstance(cell, dict) or not all(isinstance(x, (str, int, float, type(None))) for x in cell.values()):
+        return {}
+    return {letter: str(option) for letter, option in cell.items() if option is not None}
+
+
+def letter_of(answer, options, where) -> str:
+    """The letter of the right option. The answer names it by its letter, its text or, as in MMLU, its index from 0."""
+    letter = answer.strip("(). ")
+    if letter in options:
+        return letter
+    letters = {letter for letter, option in options.items() if option.strip() == answer}
+    if answer.isdecimal() and int(answer) < len(options):
+        letters.add(list(options)[int(answer)])
+    if len(letters) != 1:
+        raise ValueError(f"{where}: the answer {answer!r} is {'two' if letters else 'none'} of the options {options}")
+    return letters.pop()
+
+
+def garbled(text) -> str:
+    """What is wrong with a text, in words; "" if nothing is."""
+    found = GARBLED.search(text)
+    if found:
+        excerpt = text[max(0, found.start() - 20) : found.end() + 20]
+        return f"{excerpt!r} has a control character, as JSON makes of \\frac where \\\\frac is meant"
+    return "NaN is no answer" if text.strip().lower() == "nan" else ""
 
 
 def first_cell(row, columns):
     """The first cell that the row has in these columns; None if there is none."""
-    cells = [row[column] for column in columns if row.get(column) is not None]
-    return cells[0] if cells else None
+    return next((row[column] for column in columns if column in row), None)
+
+
+def parsed(cell):
+    """A list or dictionary that is stored as text, in JSON or as Python prints it; any other cell as it is."""
+    if isinstance(cell, str) and cell.lstrip().startswith(("[", "{")):
+        for parse in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                return parse(cell)
+    return cell
 
 
 def bare_question(prompt):
-    """A text or a chat as it is, but DAPO's without its instruction; None if it is neither."""
-    if isinstance(prompt, str):
-        return prompt if prompt.strip() else None
-    if not isinstance(prompt, list) or not prompt:
-        return None
-    for message in prompt:
-        if not (isinstance(message, dict) and "role" in message and isinstance(message.get("content"), str)):
-            return None
-    text = prompt[0]["content"]
-    if len(prompt) == 1 and text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER):
+    """A text or a chat as it is, but DAPO's without its instruction; None if it is neither. A chat may be stored as text."""
+    chat = parsed(prompt)
+    if not isinstance(chat, list) or not chat or not all(map(is_message, chat)):
+        return prompt if isinstance(prompt, str) and prompt.strip() else None
+    text = chat[0]["content"]
+    if len(chat) == 1 and text.startswith(DAPO_BEFORE) and text.endswith(DAPO_AFTER):
         return text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
-    return prompt
+    return chat
 
 
-def final_answer(answer):
+def is_message(x) -> bool:
+    return isinstance(x, dict) and "role" in x and isinstance(x.get("content"), str)
+
+
+def text_of(prompt) -> str:
+    """The question, or the texts of its messages."""
+    return prompt if isinstance(prompt, str) else "\n\n".join(message["content"] for message in prompt)
+
+
+def final_answer(answer) -> str:
     """What GSM8K has after its reasoning, and DAPO in its reward_model; "" if it is no text or number."""
-    if isinstance(answer, dict):
-        answer = answer.get("ground_truth")
+    if isinstance(parsed(answer), dict):
+        answer = parsed(answer).get("ground_truth")
     if answer is None or isinstance(answer, (dict, list)):
         return ""
-    return str(answer).split("####")[-1].strip()
+    return str(answer).rpartition("####")[2]
 
 
 # -----------------------------------------------------------------------------
@@ -227,10 +378,8 @@ def prompt_of(problem: Problem, tokenizer, template: str = "auto") -> str | list
         if isinstance(question, list):
             return question
         return [{"role": "user", "content": CHAT_TEMPLATES[template].replace("{question}", question)}]
-    if isinstance(question, list):
-        question = "\n\n".join(message["content"] for message in question)
     pattern = TEXT_TEMPLATES.get(template) or template.replace("\\n", "\n")
-    return pattern.replace("{question}", question)
+    return pattern.replace("{question}", text_of(question))
 
 
 def apply_chat_template(id, messages, tokenizer, template_args):
@@ -305,20 +454,30 @@ def digest(parts) -> str:
 
 def load_problems(cfg, tokenizer, vocab):
     """(TrainingPrompts, {name: [(held-out problem, prompt ids)]}). ValueError if a held-out prompt is over --max_prompt."""
-    prompts = encode_all(load(cfg.data, seed=cfg.seed), tokenizer, cfg, vocab)
-    train = TrainingPrompts(prompts, cfg.max_prompt, cfg.seed)
     names = cfg.eval_data
     if names == "auto":
         names = "toy" if cfg.data == "toy" else ""
-    held_out = {}
-    if names and cfg.eval_every:
-        for name in names.split(","):
-            held_out[name] = encode_all(load(name, limit=cfg.eval_problems), tokenizer, cfg, vocab)
-    for problem, ids in [prompt for prompts in held_out.values() for prompt in prompts]:
-        if len(ids) > cfg.max_prompt:
-            size = f"{len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
-            raise ValueError(f"held-out problem {problem.id} has {size}")
+    names = names.split(",") if names and cfg.eval_every else []
+    with one_rank_at_a_time():  # the first one on each node reads the files, and the others what datasets has cached
+        problems = load(cfg.data, seed=cfg.seed)
+        held_out = {name: load(name, limit=cfg.eval_problems) for name in names}
+    train = TrainingPrompts(encode_all(problems, tokenizer, cfg, vocab), cfg.max_prompt, cfg.seed)
+    held_out = {name: encode_all(problems, tokenizer, cfg, vocab) for name, problems in held_out.items()}
+    trained_on = {same_words(problem) for problem, _ in train.prompts}
+    for name, prompts in held_out.items():
+        for problem, ids in prompts:
+            if len(ids) > cfg.max_prompt:
+                size = f"{len(ids)} tokens, more than --max_prompt {cfg.max_prompt}"
+                raise ValueError(f"held-out problem {problem.id} has {size}")
+        n = sum(same_words(problem) in trained_on for problem, _ in prompts)
+        if n:
+            print0(f"warning: {n} of the {len(prompts)} held-out problems of {name} are also training problems")
     return train, held_out
+
+
+def same_words(problem) -> str:
+    """Its question, in which neither spaces nor capitals count."""
+    return " ".join(text_of(problem.prompt).casefold().split())
 
 
 # -----------------------------------------------------------------------------

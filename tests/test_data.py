@@ -45,10 +45,12 @@ def test_newline_tokens_come_from_the_decoded_vocabulary(bpe):
 
 @needs_real
 def test_real_benchmarks_load():
-    for name, count in dict(math500=500, aime24=30, aime25=30, amc23=40, gsm8k_test=1319).items():
+    for name, count in dict(math500=500, aime24=30, amc23=40, gsm8k_test=1319).items():
         problems = data.load(str(REAL / f"{name}.jsonl"))
         assert len(problems) == count and len({p.id for p in problems}) == count
         assert all(p.answer and isinstance(p.prompt, str) for p in problems)
+    with pytest.raises(ValueError, match=r"aime25.jsonl, row 19: .*x0crac.* has a control character"):
+        data.load(str(REAL / "aime25.jsonl"))  # the file that went round on GitHub; the hub's is whole
 
 
 def dapo_row(question):
@@ -413,3 +415,155 @@ def test_a_template_that_names_the_date_gives_the_same_prompt_every_day():
     tokenizer = chat_tokenizer("{{ strftime_now('%Y%m%d') }}{{ messages[0]['content'] }}")
     chat = data.Problem("a", [{"role": "user", "content": "1+1"}], "2")
     assert tokenizer.decode(data.encode(chat, tokenizer)) == "202501011+1"
+
+
+def loaded(path, rows, **options):
+    return [(p.prompt, p.answer) for p in data.load(str(write_jsonl(path, rows)), **options)]
+
+
+OPTIONS = {"question": "Which is prime?", "options": ["4", "6", "7"]}
+
+
+def test_parts_of_a_question_in_other_columns_are_joined(tmp_path):
+    """SVAMP's two problems asked the same, and one of them was dropped; the options of MMLU were never shown."""
+    path = tmp_path / "a.jsonl"
+    body = [{"Body": f"A pen costs {i} dollars.", "Question": "How much?", "Answer": i} for i in (1, 2)]
+    assert loaded(path, body) == [(f"A pen costs {i} dollars.\nHow much?", str(i)) for i in (1, 2)]
+    asked = "Which is prime?\nA. 4\nB. 6\nC. 7"
+    for answer in ("C", "(C)", "7", 2, "2"):  # letter, text, or MMLU's index
+        assert loaded(path, [OPTIONS | {"answer": answer}]) == [(asked, "C")]
+    for options in ({"A": "4", "B": "6", "C": "7", "D": None}, "['4', '6', '7']"):  # MedQA's, MMMU's
+        assert loaded(path, [{"question": "Which is prime?", "choices": options, "answer": "C"}]) == [(asked, "C")]
+    whole = {
+        "problem": "1+1?",
+        "answer": "2",
+        "images": [],
+        "context": None,
+        "options": [],
+        "num_images": 0,
+        "url": "x",
+    }
+    assert loaded(path, [whole | {"prompt": "1+1?\nThink.", "question": "1+1?"}]) == [("1+1?\nThink.", "2")]
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"problem": "<image>Area?", "images": ["a.png"]}, "row 1: no prompt is made of its column images"),
+        ({"problem": "Area?", "decoded_image": {"bytes": "x"}}, "of its column decoded_image"), ({"problem": "Area?", "image_1": "a.png"}, "image_1"),
+        ({"problem": "Why?", "context": {"title": "x"}}, "of its column context"), ({"prompt": "math", "question": "1+1?"}, "of its column question"),
+        ({"problem": "Which?", "options": "a ) 38 , b ) 27"}, "of its column options"), ({"prompt": [{"role": "user", "content": "Which?"}], "choices": ["1", "3"]}, "choices"),
+        (OPTIONS | {"answer": "8"}, "row 1: the answer '8' is none of the options"), ({"problem": "Which?", "options": [2, 0, 1], "answer": 2}, "'2' is two of"),
+    ],
+)  # fmt: skip
+def test_parts_of_a_question_that_cannot_be_joined_are_refused_by_their_column(tmp_path, row, message):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"answer": "1"} | row])
+    for options in ({}, {"seed": 0}):
+        with pytest.raises(ValueError, match=message):
+            data.load(str(path), **options)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (r'{"problem": "$\frac{1}{4}$?", "answer": "1"}', "row 3: .*x0crac.* has a control character"),
+        (r'{"problem": "1/4?", "answer": "\frac{1}{4}"}', "row 3: .*x0crac.* has a control character"),
+        (r'{"problem": "$2 \times 3$?", "answer": "6"}', "row 3: .*imes"), (r'{"problem": "is $2 \neq 3$?", "answer": "6"}', "row 3: .*eq 3"),
+        (r'{"problem": "$\right)$", "answer": "6"}', "row 3: .*ight"), ('{"problem": "1?", "answer": NaN}', "row 3: NaN"),
+        (r'{"problem": "2?", "answer": "1"}', "row 3: the question is that of row 1, but the answer is '1', not '2'"),
+    ],
+)  # fmt: skip
+def test_garbled_and_contradictory_rows_are_refused_with_their_line(tmp_path, text, message):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"problem": "2?", "answer": "2"}\n\n' + text)
+    for options in ({}, {"seed": 0}):
+        with pytest.raises(ValueError, match=message):
+            data.load(str(path), **options)
+    path.write_text(r'{"problem": "1:\ta\n\tarea, eq.", "answer": "1\n"}')
+    assert [p.answer for p in data.load(str(path))] == ["1"]
+
+
+def test_chat_and_gold_that_are_stored_as_text_are_read(tmp_path):
+    """By a CSV file, for example, as JSON or as Python prints it."""
+    chat, gold = [{"role": "user", "content": "It's 1+1?"}], {"ground_truth": "2", "style": "rule"}
+    for write in (json.dumps, str):
+        assert loaded(tmp_path / "a.jsonl", [{"prompt": write(chat), "reward_model": write(gold)}]) == [(chat, "2")]
+    for text in ("[1, 2] has how many?", "[1, 2]", '[{"role": "user"}]', "{1, 2} \\cup {3}"):
+        assert loaded(tmp_path / "a.jsonl", [{"prompt": text, "answer": "[1, 2]"}]) == [(text, "[1, 2]")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A dataset of three splits."""
+    (tmp_path / "set").mkdir()
+    for split, n in (("train", 6), ("validation", 4), ("test", 3)):
+        write_jsonl(tmp_path / "set" / f"{split}.jsonl", [{"problem": f"{split}{i}", "answer": "1"} for i in range(n)])
+    return tmp_path / "set"
+
+
+def test_training_takes_the_train_split_and_evaluation_the_test_split_or_the_one_named(folder, capsys):
+    name = str(folder)
+    assert len(data.load(name, seed=0)) == 6
+    assert "has the splits train, validation, test; training takes train" in capsys.readouterr().out
+    assert [(p.id, p.prompt) for p in data.load(name)] == [(f"set-{i}", f"test{i}") for i in range(3)]
+    assert "; evaluation takes test" in capsys.readouterr().out
+    assert len(data.load(f"{name}:train")) == 6 and len(data.load(f"{name}:validation", seed=0)) == 4
+    assert not capsys.readouterr().out
+    with pytest.raises(ValueError, match="has the splits train, validation, test: name one of them, as in .*set:train"):
+        data.load(f"{name}:dev")
+    with pytest.raises(ValueError, match="no such file: .*a file has no splits"):
+        data.load(f"{name}/test.jsonl:test")
+    (folder / "test.jsonl").unlink()
+    assert len(data.load(name)) == 4  # validation
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(ValueError, match="has the splits validation: name one of them"):
+        data.load(name, seed=0)
+
+
+def test_rows_that_are_left_out_are_counted_aloud(tmp_path, capsys, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"problem": str(i % 8), "answer": "1"} for i in range(11)])
+    data.load(str(path), limit=5)
+    assert "a.jsonl, without 3 rows that repeat a question and 3 problems beyond 5\n" in capsys.readouterr().out
+    monkeypatch.setattr(data, "MAX_PROBLEMS", 6)
+    data.load(str(path), seed=0)
+    assert "without 3 rows that repeat a question and 2 problems beyond 6\n" in capsys.readouterr().out
+    data.load(str(questions(path, 4)))
+    assert not capsys.readouterr().out
+
+
+def test_a_hub_dataset_trains_without_its_garbled_rows(folder, capsys):
+    """DAPO's users cannot mend it, and training asks for no answer."""
+    rows = [{"problem": p, "answer": a} for p, a in (("1", "1"), ("\x0crac", "1"), ("1", "2"), ("2", "1"))]
+    for split in ("train", "test"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    assert sorted(p.prompt for p in data.load(str(folder), seed=0)) == ["1", "2"]
+    assert "without 2 rows that are garbled or contradict another" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="row 2: .* has a control character"):
+        data.load(str(folder))
+
+
+def test_held_out_problems_that_are_training_problems_are_counted_in_a_warning(tmp_path, capsys):
+    train = write_jsonl(tmp_path / "a.jsonl", [{"problem": f"What is {i}?", "answer": "1"} for i in range(5)])
+    other = write_jsonl(tmp_path / "b.jsonl", [{"problem": f"what is  {i}?", "answer": "1"} for i in range(3, 9)])
+    options = ["--preset", "tiny", "--max_prompt", "200", "--data", str(train), "--eval_data", f"toy,{other}"]
+    data.load_problems(parse(TrainConfig, options), toy.tokenizer(), 42)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert warnings == [f"warning: 2 of the 6 held-out problems of {other} are also training problems"]
+
+
+def test_a_large_dataset_loses_its_repeated_rows_once_and_keeps_what_is_left(tmp_path, monkeypatch, capsys):
+    """DAPO's hub file: each prompt a hundred times, six minutes at every start on every rank."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [dapo_row(f"What is {i % 30}?") for i in range(3000)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "dapo.parquet")
+    small = data.load(str(tmp_path / "dapo.parquet"), seed=0)
+    monkeypatch.setattr(data, "MAX_PROBLEMS", 100)
+    assert "2,970 rows that repeat a question" in capsys.readouterr().out
+    assert data.load(str(tmp_path / "dapo.parquet"), seed=0) == small and len(small) == 30  # with the same ids
+    assert "3,000 rows, of which 2,970 repeat another" in capsys.readouterr().out
+    (kept,) = tmp_path.glob("cache/**/cache-*.arrow")
+    written = kept.stat().st_mtime_ns
+    data.load(str(tmp_path / "dapo.parquet"), seed=0)  # from the cache, as the other ranks do
+    assert [path.stat().st_mtime_ns for path in tmp_path.glob("cache/**/cache-*.arrow")] == [written]
