@@ -112,7 +112,7 @@ class TrainConfig:
     keep: int = arg(2, "keep so many checkpoints, the newest", low=1, may_change=True)
     log: Literal["none", "wandb", "tensorboard"] = arg("none", "where metrics go besides metrics.jsonl", may_change=True)
     sample_every: int = arg(10, "print a response every so many steps; 0: never", low=0, may_change=True)
-    trace_every: int = arg(0, "record a response's gates, token by token, every so many steps, for support.tokens; 0: never", low=0, may_change=True)
+    trace_every: int = arg(0, "record a response's gates, token by token, every so many steps, for support.trace; 0: never", low=0, may_change=True)
 
     device: Literal["", "cpu", "cuda"] = arg("", "where to compute; by default on CUDA if torch finds it", may_change=True, section="the machine")
     micro_tokens: int = arg(16384, "most tokens in a forward pass, padding included: less takes less memory", low=1, may_change=True)

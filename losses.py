@@ -1,7 +1,8 @@
 """Losses for on-policy distillation over a large vocabulary, without a [N, V] matrix of logits in memory.
 
 Position losses: one number for each response token, not reduced. Weight them with a gate (gating.py), then divide once
-by the denominator of the whole minibatch. Student p, teacher q; log-probs in nats.
+by the denominator of the whole minibatch. Student p, teacher q; log-probs in nats. (To add a loss to train.py, see the comment
+above student_outputs there.)
 
     opd_loss     sampled-token OPD: PPO's clipped objective with the teacher's log-ratio as the advantage
     lsm_loss     reverse or forward KL on the teacher's top-K tokens (local support matching)

@@ -60,7 +60,7 @@ from policy import (
     model_paths,
     token_logprobs,
 )
-from support import checkpoint, metrics, plot, report, tokens
+from support import checkpoint, metrics, plot, report, trace
 from support.common import (
     StopSignal,
     hide_progress_bars,
@@ -336,7 +336,7 @@ def train(run, cfg):
             )
         run.logger.log(METRICS, row)
         if cfg.trace_every and (step - 1) % cfg.trace_every == 0:
-            run.logger.log(TRACE, tokens.trace(step, updates, micro_batches, run.tokenizer, cfg))
+            run.logger.log(TRACE, trace.trace_row(step, updates, micro_batches, run.tokenizer, cfg))
         if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
             text = run.tokenizer.decode(rollouts[0].response)
             print0(f"--- step {step}, a response ({rollouts[0].finish}): {text!r}")

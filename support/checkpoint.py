@@ -1,4 +1,4 @@
-"""Checkpoints, and the student that a run leaves.
+"""Checkpoints: saving and resuming; and the student that a run leaves.
 
 OUT/step-N/           a Hugging Face folder: the student in fp32, its config and tokenizer, which from_pretrained loads
 OUT/step-N/optimizer/ the optimizer's state, sharded over the ranks, which any number of ranks can load

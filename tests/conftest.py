@@ -12,6 +12,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before thes
 
 import pytest
 import torch
+
 import data
 import policy
 import rollout

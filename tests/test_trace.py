@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import train
-from support import tokens, toy
+from support import toy, trace
 from support.files import read_jsonl
 
 
@@ -41,7 +41,7 @@ def test_a_trace_holds_what_each_update_saw(scene):
             logits = student.lm(torch.tensor([r.prompt + r.response])).logits[0, len(r.prompt) - 1 : -1]
         logps.append(logits.log_softmax(-1).gather(1, torch.tensor(r.response)[:, None])[:, 0])
         updates.append((batches, *train.update(student, sgd, batches, cfg)))
-    row = tokens.trace(3, updates, batches, toy.tokenizer(), cfg)
+    row = trace.trace_row(3, updates, batches, toy.tokenizer(), cfg)
     assert row["step"] == 3 and "".join(row["text"]) == toy.tokenizer().decode(r.response)
     assert row["segment"] == [i // 4 for i in range(len(r.response))]
     torch.testing.assert_close(torch.tensor(row["logp_old"]), logps[0], rtol=1e-4, atol=1e-5)
@@ -68,7 +68,7 @@ def test_a_trace_counts_the_updates_since_sampling(scene):
     updates = [(batches, *train.update(student, sgd, batches, cfg)) for batches in (first, second, first, second)]
 
     def counts(batches):
-        return [epoch["updates"] for epoch in tokens.trace(1, updates, batches, toy.tokenizer(), cfg)["epochs"]]
+        return [epoch["updates"] for epoch in trace.trace_row(1, updates, batches, toy.tokenizer(), cfg)["epochs"]]
 
     assert counts(first) == [0, 2] and counts(second) == [1, 3]
     updates[1][1]["skipped"] = True
@@ -79,7 +79,7 @@ def test_the_current_advantage_is_traced(scene):
     student, _, (batches,), cfg, _ = scene(minibatches=1, advantage="current")
     sgd = torch.optim.SGD(student.parameters(), lr=0.2)
     updates = [(batches, *train.update(student, sgd, batches, cfg)) for _ in range(2)]
-    row = tokens.trace(1, updates, batches, toy.tokenizer(), cfg)
+    row = trace.trace_row(1, updates, batches, toy.tokenizer(), cfg)
     for epoch in row["epochs"]:
         difference = torch.tensor(row["logq"]) - torch.tensor(epoch["logp"]) - torch.tensor(epoch["advantage"])
         assert difference.abs().max() < 1e-5
@@ -132,14 +132,14 @@ def test_texts_of_tokens_add_up_to_the_response():
     tokenizer = byte_tokenizer()
     text = "x = é\n  数 ≥ 🙂"
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    texts = tokens.token_texts(ids, tokenizer)
+    texts = trace.token_texts(ids, tokenizer)
     assert texts == [*"x = ", "", "é", *"\n  ", "", "", "数", " ", "", "", "≥", " ", "", "", "", "🙂", "<eos>"]
     for cut in range(len(ids)):  # a response that was cut off in a character, or begins in one
         for part in (ids[:cut], ids[cut:]):
-            texts = tokens.token_texts(part, tokenizer)
+            texts = trace.token_texts(part, tokenizer)
             assert len(texts) == len(part) and "".join(texts) == tokenizer.decode(part)
     garbage = tokenizer("🙂")["input_ids"][:1] * 9 + tokenizer("ok")["input_ids"]  # no character ever ends
-    texts = tokens.token_texts(garbage, tokenizer)
+    texts = trace.token_texts(garbage, tokenizer)
     assert "".join(texts) == tokenizer.decode(garbage)
     assert texts[3] == "\ufffd" * 4 and texts[-1] == "k"
 
@@ -195,7 +195,7 @@ def seen(page, script="", view="", size="900,700"):
 def page(pair, tmp_path_factory):
     out = tmp_path_factory.mktemp("page") / "run"
     run(pair, out, steps=2, epochs=3, minibatches=1, trace_every=1)
-    return tokens.write_tokens(out)
+    return trace.write_tokens(out)
 
 
 def minus(x, digits=3):
@@ -314,7 +314,7 @@ def test_any_text_is_shown_as_it_is(page, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(page.parent / name, tmp_path)
     (tmp_path / "trace.jsonl").write_text(json.dumps(row) + "\n")
-    result = seen(tokens.write_tokens(tmp_path), view="epoch=1&by=advantage&token=1")
+    result = seen(trace.write_tokens(tmp_path), view="epoch=1&by=advantage&token=1")
     shown = "".join(texts).replace("\t", "\u21e5\t").replace("<b>&amp;", "<b>&amp;\u25af")
     assert result["text"].startswith(shown) and "not finite" in result["numbers"]
 
@@ -328,7 +328,7 @@ def test_a_space_does_not_hang_over_the_end_of_a_line(page, tmp_path):
     for name in ("config.json", "metrics.jsonl"):
         shutil.copy(page.parent / name, tmp_path)
     (tmp_path / "trace.jsonl").write_text(json.dumps(row) + "\n")
-    result = seen(tokens.write_tokens(tmp_path), size="500,900")
+    result = seen(trace.write_tokens(tmp_path), size="500,900")
     assert result["lines"] == [1] * len(row["text"])
     assert result["rows"][-1][-1].endswith("\u23ce\n   x")
 
@@ -358,4 +358,4 @@ def test_the_console_is_heard(page):
 def test_a_run_without_a_trace_is_one_line(pair, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(SystemExit, match="trace.jsonl: train with --trace_every"):
-        tokens.main([str(tmp_path)])
+        trace.main([str(tmp_path)])

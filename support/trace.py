@@ -1,6 +1,6 @@
 """One response of a step, token by token: trace.jsonl (train.py --trace_every), and the page that shows it.
 
-    python -m support.tokens out/tiny           # writes out/tiny/tokens.html
+    python -m support.trace out/tiny           # writes out/tiny/tokens.html
 
 The page shows responses as text, shaded by gate, drift or advantage, over the epochs. It is one file: the template
 assets/tokens.html, filled in.
@@ -19,7 +19,7 @@ from support.files import CONFIG, TRACE, read_jsonl
 SETTINGS = ("loss", "advantage", "topk", "gate", "block", "span_min", "span_max", "tau", "stat", "lr", "max_response")
 
 
-def trace(step, updates, micro_batches, tokenizer, cfg):
+def trace_row(step, updates, micro_batches, tokenizer, cfg):
     """A row of trace.jsonl: what a step's updates saw at each token of one response. None if this rank has no response.
 
     The response is the one of median length among this rank's. Log-probs are at cfg.temperature; they, drift and
@@ -105,14 +105,14 @@ def write_tokens(run) -> Path:
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        "python -m support.tokens", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m support.trace", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder with a trace.jsonl")
     try:
         for run in parser.parse_args(argv).runs:
             print(write_tokens(run))
     except ValueError as error:
-        sys.exit(f"support.tokens: {error}")
+        sys.exit(f"support.trace: {error}")
 
 
 if __name__ == "__main__":
