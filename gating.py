@@ -75,7 +75,7 @@ def gate_weights(
 def drift(logp: Tensor, logp_old: Tensor) -> Tensor:
     """d = logp - logp_old in nats, fp32. NaN, as of -inf - -inf, becomes 0; other differences are clamped to +-1e4.
 
-    This hides no NaN: a log-prob that is NaN makes the loss NaN as well, and the training loop notices that.
+    This hides no NaN of the model: what makes a log-prob NaN makes the loss NaN as well, and the training loop notices that.
     """
     return (logp.float() - logp_old.float()).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
 

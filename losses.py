@@ -25,6 +25,8 @@ the dtype of the inputs. The head functions share these arguments:
         teacher have different ones). The outcome goes by its first id
     chunk: elements in the largest temporary. Memory beyond inputs, outputs and gradients is a few chunks, regardless of N
 
+As in torch, functions whose names end in _ work in place: they may overwrite their first argument.
+
 Copy this file; it depends only on PyTorch. MIT license.
 """
 
@@ -38,8 +40,12 @@ from torch import Tensor
 # several elementwise passes read it between two matmuls.
 CPU_CHUNK, CUDA_CHUNK = 1 << 21, 1 << 27  # head_logits
 CPU_TOPK_CHUNK, CUDA_TOPK_CHUNK = 1 << 24, 1 << 27  # head_topk
-CPU_KL_CHUNK, CUDA_KL_CHUNK = 1 << 24, 1 << 26  # head_kl, forward: one of its four buffers
-CPU_KL_BACKWARD_CHUNK, CUDA_KL_BACKWARD_CHUNK = 1 << 20, 1 << 25  # head_kl, backward: one of four
+CPU_KL_CHUNK, CUDA_KL_CHUNK = (
+    1 << 24,
+    1 << 26,
+)  # head_kl, forward: a quarter of its memory (two buffers, two temporaries)
+CPU_KL_CACHED = 1 << 20  # head_kl, forward on a CPU: what the divergence itself is computed on at a time
+CPU_KL_BACKWARD_CHUNK, CUDA_KL_BACKWARD_CHUNK = 1 << 20, 1 << 25  # head_kl, backward: a quarter, too
 CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
 FUSED = False  # on CUDA, compile the elementwise passes over a chunk into one kernel (bench/gpu.py compares)
 
@@ -59,8 +65,8 @@ def opd_loss(
     """Sampled-token OPD: -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), and {"clipped", "advantage"}.
 
     A = log q(y) - log p_old(y), r = p(y) / p_old(y). At r = 1 the gradient is the policy gradient of the token-level
-    reverse KL. If A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729). 0 turns a bound off. The
-    advantage is that of Fu et al. 2026, arXiv 2603.25562; the clipping and its defaults are verl's.
+    reverse KL. If A < 0 the loss is at most -dual_clip A (Ye et al. 2020, arXiv 1912.09729). 0 turns off clip_low,
+    clip_high or dual_clip. The advantage is that of Fu et al. 2026, arXiv 2603.25562; the clipping and its defaults are verl's.
     advantage_of "current": A = log q(y) - log p(y), detached, what the teacher thinks of the current student; AsyncOPD
     (arXiv 2606.24143) recommends it for stale rollouts. "old" is the paper's.
     """
@@ -129,8 +135,8 @@ def _finite(x: Tensor) -> Tensor:
 def head_logits(hidden, weight, bias, ids, *, temperature=1.0, vocab=None, merged=None, want_lse=True, chunk=None):
     """(z [N, K], lse [N]): logits / temperature at ids [N, K], and the logsumexp of all logits / temperature, with gradient.
 
-    want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z, so a row of ids
-    should hold at most one of them, as those of head_topk do.
+    want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z, so of ids that
+    enter one softmax at most one may be in it, as is so with those of head_topk.
 
     FLOPs                                              forward       backward
         z alone (want_lse=False)                       2 N H K       4 N H K
@@ -276,7 +282,7 @@ class _HeadKL(torch.autograd.Function):
         # `rows` positions share a matmul: two buffers [rows, V], plus temporaries of the same size. On a CPU the divergence is
         # then computed on as many rows at a time as the cache holds.
         rows = max(1, (chunk // 4 if chunk else CUDA_KL_CHUNK if hidden.is_cuda else CPU_KL_CHUNK) // vocab)
-        cached_rows = rows if hidden.is_cuda else max(1, (chunk or 1 << 20) // vocab)
+        cached_rows = rows if hidden.is_cuda else max(1, (chunk or CPU_KL_CACHED) // vocab)
         loss, lse, lse_t, kl_p = (hidden.new_zeros(N, dtype=torch.float32) for _ in range(4))
         buffers = hidden.new_empty(2, min(rows, N), vocab, dtype=torch.float32)
         v = slice(0, vocab)
@@ -306,9 +312,9 @@ class _HeadKL(torch.autograd.Function):
         if temperature != 1:
             grad = grad / temperature
         grads = _zero_grads(hidden, weight, bias)
-        # The outcome of `merged` has the logit o = logsumexp of their logits z_j, and the divergence depends on the z_j through o
-        # alone. So its gradient with respect to z_j is that with respect to o, the formula below at log p(o) and log q(o), times
-        # d o / d z_j, the softmax of z over the merged ids.
+        # The outcome of `merged` has the logit o = logsumexp of their logits z_j, and the divergence D depends on the z_j through o
+        # alone: dD / dz_j = dD / do * do / dz_j. _d_divergence_ gives dD / do, at log p(o) and log q(o), and do / dz_j is the
+        # softmax of the z_j.
         if merged:
             merged_ids = torch.tensor(merged, device=hidden.device).expand(len(hidden), -1)
             z = _logits_at(merged_ids, hidden, weight, bias, temperature, chunk)

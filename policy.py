@@ -70,7 +70,7 @@ def choose_attention_kernels(device):
         torch.backends.cuda.enable_math_sdp(False)
 
 
-def compiles(cfg):
+def uses_compile(cfg) -> bool:
     return cfg.kernels in ("compile", "both")
 
 
@@ -89,8 +89,8 @@ def model_paths(cfg):
 def load_policy(path, cfg, vocabulary, device, *, trainable):
     """The student (trainable): fp32 master weights, bf16 compute on CUDA. The teacher: bf16 on CUDA, fp32 on a CPU.
 
-    With several ranks, and with one GPU, sharded with FSDP2. ValueError for a model whose logits are more than weight @ hidden
-    + bias, or that --kernels does not fit.
+    With several ranks, and with one GPU, sharded with FSDP2. ValueError for a model that scales or caps its logits, which are then
+    not weight @ hidden + bias, and for one of a type that --kernels does not support.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -104,7 +104,8 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     dtype = torch.float32 if trainable else compute_dtype(device)
     if cfg.kernels in ("liger", "both"):
         patch_with_liger(text_config.model_type)
-    # Making the mesh is a collective, so it stands outside the block in which the ranks take turns.
+    # Making the mesh is a collective, so it stands outside the block in which the ranks take turns. init_device has made a process
+    # group, of one for a single GPU; a single rank on a CPU has none.
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
     with one_rank_at_a_time():
@@ -117,7 +118,7 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
         policy = Policy(lm, vocabulary, file_dtype)
-        if compiles(cfg):
+        if uses_compile(cfg):
             for block in decoder_blocks(lm):
                 block.compile(dynamic=True)  # each on its own, inside its checkpoint and its shard; lengths vary
         if mesh:
@@ -150,8 +151,8 @@ def compute_dtype(device):
 def shard(policy, mesh, device):
     """FSDP2, one decoder block at a time. It averages gradients over the ranks.
 
-    On CUDA it also casts each block's weights to bf16 for its forward and backward pass, which is why a single GPU shards, too:
-    one computes what eight compute.
+    On CUDA it also casts each block's weights to bf16 for its forward and backward pass. A single GPU shards, too, so that it
+    computes in the same precision as eight.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -249,7 +250,7 @@ def full_tensor(x):
 
 def whole_head(policy):
     """(weight, bias or None) of the head on every rank, without gradient, at any time."""
-    weight, bias = policy.head()
+    weight, bias = policy.head()  # sharded, unless a forward pass has just gathered it
     return full_tensor(weight).detach(), None if bias is None else full_tensor(bias).detach()
 
 

@@ -8,12 +8,13 @@
 
 A *step* samples one batch of rollouts and makes several optimizer *updates* on it. What matters, with the paper's values:
 
-    --loss opd|lsm             what the student minimises at each token: sampled-token OPD, or LSM on the teacher's
-      --topk 32                  top-K tokens
+    --loss opd|lsm             what the student minimises at each token: sampled-token OPD, or local support matching
+      --topk 32                  LSM: on so many of the teacher's most likely tokens
     --gate block --block 64    over which tokens drift is averaged (none: no gate; span: between newlines)
       --tau 1                    gate = exp(-tau |mean drift|)
     --prompts 4 --group 8      rollouts in a step: prompts x responses to each
-    --epochs 2                 passes over them, with --minibatches 1 update in each: rollout reuse
+    --epochs 2                 passes over them: rollout reuse
+      --minibatches 1            updates in each pass
     --lr 2e-6 --steps 200      AdamW, constant
     --max_response 16384 --temperature 1 --top_p 0.9             sampling
 
@@ -28,7 +29,7 @@ share of each. The weights are sharded, so all ranks must make the same forward 
 functions that communicate (full_weights, on_all_ranks, stop.requested, metrics, ...) equally often.
 """
 
-from configs import TOPK_LOSSES, TrainConfig, command_line, parse
+from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES, TrainConfig, command_line, parse
 
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before the imports below, which take seconds: --help and a wrong flag answer at once
@@ -53,12 +54,12 @@ from policy import (
     LocalTeacher,
     Policy,
     choose_attention_kernels,
-    compiles,
     full_tensor,
     full_weights,
     load_policy,
     model_paths,
     token_logprobs,
+    uses_compile,
 )
 from support import checkpoint, metrics, plot, report, trace
 from support.common import (
@@ -85,44 +86,47 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 # The base loss at each of the N response tokens of a micro-batch. The fields of a data.MicroBatch:
 #   ids [B, L]           prompts and responses, padded on the right
 #   rows, cols [N]       where the response tokens are predicted: cols is one position before the token itself
-#   tokens [N]           the response tokens y_t (merged stop tokens, --merge_stops, all have the id of the first of them)
+#   tokens [N]           the response tokens y_t (--merge_stops counts the models' different stop tokens as one outcome, which has
+#                        the id of the first of them)
 #   segments [N]         index of the gate's segment that each token is in
 #   position [N]         where in its response each token is, in (0, 1); for plots
-#   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics only
-#   logp_old [N]         log pi_old(y_t), the student's before the first update on these rollouts: those of the first pass over them
-#   teacher              what the teacher says, at cfg.temperature like logp_old; on the host, since every epoch reads it again:
+#   logp_sampler [N]     log-probs that the sampler reported, at temperature 1; for metrics and OUT_OF_STEP, never for loss or gate
+#   logp_old [N]         log pi_old(y_t) of the student before the first update on these rollouts; student_outputs sets it
+#   teacher              what the teacher says, at cfg.temperature like logp_old; in host memory, to leave the GPU's to the update:
 #                          "logq_sampled" [N]: log q(y_t)
 #                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K = 1 for losses that do not use them)
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #
-# To add a loss: its name in configs.py (also in TOPK_LOSSES or FULL_VOCABULARY_LOSSES if it needs more of the teacher than
-# log q(y_t)), what it takes from the student in student_outputs, and its formula in base_loss.
+# To add a loss, put its name into configs.py. What else depends on what it needs of the teacher:
+#   log q(y_t)              a branch in base_loss, like opd's
+#   its top-K tokens        the name into TOPK_LOSSES, and a branch before the last line of base_loss
+#   its whole distribution  the name into FULL_VOCABULARY_LOSSES, and a line in student_outputs that calls your losses.head_kl
 
 
 def student_outputs(policy, batch, cfg, teacher_head=None) -> dict:
     """One forward pass of the student, and what the loss needs of it, with gradient:
 
-    "logp" [N]: log pi(y_t), for every loss, because the gate reads it; the first pass over a batch keeps them as its logp_old
+    "logp" [N]: log pi(y_t), for every loss, because the gate reads it. The first pass over a batch also sets its logp_old
     "z" [N, K], "lse" [N]: logits of the teacher's top-K tokens, and the logsumexp of all logits, for the top-K losses
     "kl" [N]: the divergence itself, for full-vocabulary losses. teacher_head: (weight, bias), for these only
     """
     hidden = policy(batch)  # [N, H]
     options = policy.vocabulary.head_options(cfg.temperature)
     sampled = batch.tokens[:, None]  # [N, 1]
-    if cfg.loss == "opd":
-        z, lse = head_logits(hidden, *policy.head(), sampled, **options)
-        outputs = {}
-    elif cfg.loss in TOPK_LOSSES:
+    if cfg.loss in TOPK_LOSSES:
         ids = torch.cat([sampled, batch.teacher["topk_ids"].to(sampled.device)], 1)  # [N, 1 + K]
         z, lse = head_logits(hidden, *policy.head(), ids, **options)
         outputs = {"z": z[:, 1:], "lse": lse}
-    else:
+    elif cfg.loss in FULL_VOCABULARY_LOSSES:
         beta = {"rkl": 1.0, "fkl": 0.0, "jsd": cfg.beta}[cfg.loss]  # as head_kl defines it
         hidden_t = batch.teacher["hidden"].to(hidden.device)  # [N, H_t]
         kl, lse = head_kl(hidden, *policy.head(), hidden_t, *teacher_head, beta=beta, **options)
         with torch.no_grad():  # only for the gate
             z, _ = head_logits(hidden, *policy.head(), sampled, want_lse=False, **options)
         outputs = {"kl": kl}
+    else:
+        z, lse = head_logits(hidden, *policy.head(), sampled, **options)
+        outputs = {}
     outputs["logp"] = z[:, 0] - lse
     if batch.logp_old is None:
         batch.logp_old = outputs["logp"].detach()
@@ -136,7 +140,7 @@ def base_loss(outputs, batch, cfg):
         clips = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high, "dual_clip": cfg.dual_clip}
         loss, info = opd_loss(outputs["logp"], batch.logp_old, logq, advantage_of=cfg.advantage, **clips)
         return loss, {"loss/clipped": info["clipped"], "loss/advantage": info["advantage"]}
-    if cfg.loss not in TOPK_LOSSES:
+    if cfg.loss in FULL_VOCABULARY_LOSSES:
         return outputs["kl"], {}
 
     z, lse = outputs["z"], outputs["lse"]
@@ -291,9 +295,9 @@ def train(run, cfg):
             batch.teacher = batch_targets
         clock.lap("teacher")
 
-        # ---- Old log-probs: the student's own, before any update, from the very pass that the update makes, so drift is exactly 0
-        # until the weights change. The first minibatch needs none here, since it is trained on before any update.
-        with torch.set_grad_enabled(compiles(cfg)):  # without gradient, torch.compile would run another graph
+        # ---- Old log-probs: the student's own, before any update. student_outputs sets them, so they come from the code that the
+        # update runs, and drift is exactly 0 until the weights change. The first minibatch gets them in its own update.
+        with torch.set_grad_enabled(uses_compile(cfg)):  # without gradient, torch.compile would run another graph
             for batch in [batch for minibatch in minibatches[1:] for batch in minibatch]:
                 student_outputs(policy, batch, cfg, teacher.head)
         with torch.no_grad():
@@ -319,11 +323,9 @@ def train(run, cfg):
                     problems = metrics.problems_of(minibatch, per_token, run.train_prompts.problem_ids)
                     print0(f"update skipped, {n_bad} in a row: loss or gradient not finite. Problems: {problems}")
                 if n_bad and n_bad == cfg.max_bad_updates:
-                    abort(
-                        f"{n_bad} updates in a row were not finite (--max_bad_updates); no checkpoint holds any of them"
-                    )
+                    abort(f"{n_bad} updates in a row were not finite (--max_bad_updates); none of them was made")
         clock.lap("update")
-        step += 1
+        step += 1  # from here on, the number of the step that was just made
 
         # ---- Metrics
         row = {"step": step, "lr": learning_rate(cfg, step - 1)}
@@ -356,9 +358,8 @@ def setup(cfg) -> Run:
 
     # Fail early: check everything before a model loads or a file is written.
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None
-    chosen_sampler = on_all_ranks(
-        rollout.choose, cfg.rollout, device.type
-    )  # fails if vLLM was requested but cannot run
+    # Fails if vLLM was requested but cannot run.
+    chosen_sampler = on_all_ranks(rollout.choose, cfg.rollout, device.type)
     hide_progress_bars()
     paths = model_paths(cfg)
     if resume_from:
@@ -375,7 +376,7 @@ def setup(cfg) -> Run:
     logger = on_all_ranks(metrics.Logger, cfg, start)
     print0(report.start_table(cfg, start, device, chosen_sampler, tokenizer, vocabulary, train_prompts, held_out))
 
-    losses.FUSED = compiles(cfg)
+    losses.FUSED = uses_compile(cfg)
     teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
@@ -383,10 +384,9 @@ def setup(cfg) -> Run:
     if resume_from:
         checkpoint.restore_optimizer(resume_from, policy, optimizer)
     stop = StopSignal()
-    responses = math.ceil(
-        cfg.prompts * cfg.group * cfg.tp / world_size()
-    )  # of a step, for an engine that spans cfg.tp ranks
-    sizes = {"max_len": cfg.max_prompt + cfg.max_response, "max_num_seqs": max(64, responses)}
+    # cfg.tp ranks share an engine, which samples this many responses of a step.
+    engine_responses = math.ceil(cfg.prompts * cfg.group * cfg.tp / world_size())
+    sizes = {"max_len": cfg.max_prompt + cfg.max_response, "max_num_seqs": max(64, engine_responses)}
     sampler_args = cfg, paths["student"], policy.lm, vocabulary, stop.requested_here
     sampler = on_all_ranks(rollout.make_sampler, *sampler_args, **sizes)
     choose_attention_kernels(device)  # now that vLLM, which has its own choice, is imported
@@ -433,10 +433,10 @@ def evaluate_student(run, cfg) -> dict:
         prefix = "eval" if len(run.held_out) == 1 else f"eval/{name}"
         rows = evaluate.evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)
         row |= {f"{prefix}/{key}": x for key, x in evaluation_metrics(rows, cfg.k).items()}
-        curve = summary([rows], cfg.k)[""]
+        curve = summary([rows], cfg.k)[""]  # of the one benchmark, which evaluate() gives no name
         row[f"{prefix}/pass@{cfg.k}_low"] = float(curve["low"][cfg.k - 1])  # of the 95 % interval over problems
         row[f"{prefix}/pass@{cfg.k}_high"] = float(curve["high"][cfg.k - 1])
-        jobs = [(ids, seed_for("gap", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
+        jobs = [(ids, seed_for("kl", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
         rollouts = rollout.sample_on_all_ranks(run.sampler, jobs, sampling | {"top_p": 1.0, "top_k": 0})
         run.sampler.sleep()
         if run.stop.requested():  # the responses are cut short, or there are none

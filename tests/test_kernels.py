@@ -47,7 +47,7 @@ def two_updates(pair, kernels):
     assert len(batches) > 1 and all(len(batch.ids) > 1 for batch in batches)  # a single row would be compiled anew
     for batch in batches:
         batch.teacher = teacher_targets(teacher, batch, cfg)
-        with torch.set_grad_enabled(policy.compiles(cfg)):  # as train.train does
+        with torch.set_grad_enabled(policy.uses_compile(cfg)):  # as train.train does
             batch.logp_old = train.student_outputs(student, batch, cfg)["logp"].detach()
     gradients, sgd = [], torch.optim.SGD(student.parameters(), 0.2)
 
