@@ -194,7 +194,8 @@ def prepare(cfg, device):
     from transformers import AutoConfig
 
     model, label = choose_model(cfg.model)
-    tokenizer, vocabulary = load_tokenizer({"student": model}, trust_remote_code=cfg.trust_remote_code)
+    options = {"trust_remote_code": cfg.trust_remote_code, "template": cfg.template}
+    tokenizer, vocabulary = load_tokenizer({"student": model}, **options)
     config = pretrained(AutoConfig, model, trust_remote_code=cfg.trust_remote_code)
     names = cfg.data or ("toy" if tokenizer.get_vocab() == toy.ID else BENCHMARKS)
     paths = {Path(name).stem: name for name in names.split(",")}

@@ -28,7 +28,7 @@ CPU_KV_CACHE = 1 << 30  # bytes; vLLM fills it with zeros, so all of it is taken
 @dataclass
 class Rollout:
     prompt: list[int]
-    response: list[int]  # with the stop token, if it ended in one
+    response: list[int]  # with the stop token, or the first words of another question (Vocabulary), if it ended in them
     logprobs: list[float]  # the sampler's, at temperature 1 and before top-p and top-k
     finish: str  # "stop" or "length"; "stopped" if should_stop() ended it
 
@@ -128,23 +128,28 @@ class HFSampler:
 
     def generate(self, prompts, seeds, config, warpers):
         """One batch of rollouts; the longest prompt comes first."""
-        device, width = self.model.device, len(prompts[0])
+        device, width, n_last = self.model.device, len(prompts[0]), len(self.vocabulary.next_question) + 1
         ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
         # NumPy's generator: torch's reads only 32 bits of its seed on a CPU.
         u = np.stack([np.random.default_rng(seed).random(config.max_new_tokens) for seed in seeds])
         draw = Draw(torch.from_numpy(u).to(device), width, self.vocabulary.size, warpers)
 
-        def stop_all(ids, *_, **__):
-            return torch.full((len(ids),), self.should_stop(), device=device)
+        def is_over(ids, *_, **__):
+            over = torch.full((len(ids),), self.should_stop(), device=device)
+            if self.vocabulary.next_question:
+                last = ids[:, max(width, ids.shape[1] - n_last) :].tolist()
+                over |= torch.tensor([self.vocabulary.asks_again(row) for row in last], device=device)
+            return over
 
-        options = {"generation_config": config, "logits_processor": [draw], "stopping_criteria": [stop_all]}
+        options = {"generation_config": config, "logits_processor": [draw], "stopping_criteria": [is_over]}
         out = self.model.generate(ids, attention_mask=mask, **options)
         rollouts = []
         logprobs = torch.stack(draw.logprobs, 1).tolist()
         for prompt, row, logp in zip(prompts, out[:, width:].tolist(), logprobs, strict=True):
             ends = [i + 1 for i, token in enumerate(row) if token in self.vocabulary.stop_ids]
-            n_tokens = ends[0] if ends else len(row)
+            ends += [i for i in range(1, len(row) + 1) if self.vocabulary.asks_again(row[max(0, i - n_last) : i])]
+            n_tokens = min(ends, default=len(row))
             rollouts.append(Rollout(prompt, row[:n_tokens], logp[:n_tokens], "stop" if ends else "length"))
         return rollouts
 
@@ -264,26 +269,27 @@ class VLLMSampler:
             logprobs=0,  # of the sampled token alone
             logit_bias=self.banned or None, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
         )  # fmt: skip
-        engine, outputs = self.llm.llm_engine, {}  # {number of the job: its output}
+        if self.vocabulary.next_question:
+            params["output_kind"] = RequestOutputKind.CUMULATIVE  # all tokens so far, at every step
+        n_last = len(self.vocabulary.next_question) + 1
+        engine, outputs = self.llm.llm_engine, {}  # {number of the job: its Rollout}
         for i, (prompt, seed) in enumerate(jobs):
             engine.add_request(str(i), {"prompt_token_ids": prompt}, SamplingParams(seed=seed, **params))
         while engine.has_unfinished_requests():
             if should_stop or (self.tp == 1 and self.should_stop()):
                 engine.abort_request([str(i) for i in range(len(jobs)) if i not in outputs])
                 break
-            for out in engine.step():
-                if out.finished:
-                    outputs[int(out.request_id)] = out.outputs[0]
-        rollouts = []
-        for i in mine:
-            prompt, out = jobs[i][0], outputs.get(i)
-            if out is None:
-                rollouts.append(Rollout(prompt, [], [], "stopped"))
-            elif out.finish_reason in ("stop", "length"):
-                rollouts.append(Rollout(prompt, list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason))
-            else:
-                raise RuntimeError(f"vLLM ended a request with {out.finish_reason!r}")
-        return rollouts
+            for request in engine.step():
+                i, out = int(request.request_id), request.outputs[0]
+                asks_again = self.vocabulary.asks_again(list(out.token_ids[-n_last:]))
+                if asks_again and not request.finished:
+                    engine.abort_request([request.request_id])
+                finish = "stop" if asks_again else out.finish_reason  # None: it goes on
+                if finish in ("stop", "length"):
+                    outputs[i] = Rollout(jobs[i][0], list(out.token_ids), list(out.logprobs.logprobs), finish)
+                elif finish:
+                    raise RuntimeError(f"vLLM ended a request with {finish!r}")
+        return [outputs.get(i) or Rollout(jobs[i][0], [], [], "stopped") for i in mine]
 
     def share_jobs(self, jobs):
         """(the engine's jobs, the numbers of this rank's among them, whether to stop). An engine's ranks run the same jobs."""

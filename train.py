@@ -364,7 +364,7 @@ def setup(cfg) -> Run:
     paths = model_paths(cfg)
     if resume_from:
         paths["student"] = str(resume_from)
-    options = {"trust_remote_code": cfg.trust_remote_code, "merge_stops": cfg.merge_stops}
+    options = {"trust_remote_code": cfg.trust_remote_code, "merge_stops": cfg.merge_stops, "template": cfg.template}
     tokenizer, vocabulary = on_all_ranks(load_tokenizer, paths, **options)
     on_all_ranks(check_sizes, cfg, paths, vocabulary)
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)

@@ -94,6 +94,8 @@ def extract(text: str, finished: bool = True) -> str | None:
     it happened to write is no answer.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0]
+    answer = first_question(text)
+    text, finished = answer, finished or answer != text
     box = last_box(text)
     if box is not None or not finished:
         return box
@@ -106,6 +108,13 @@ def extract(text: str, finished: bool = True) -> str | None:
             is_denied = re.search(r"[\d\\]", phrase) and DOUBT.search(phrase)  # "does not exist" is an answer
             return None if is_wordy or is_denied else phrase
     return last_expression(tail)
+
+
+def first_question(text: str) -> str:
+    """What precedes another question in data.py's plain template, with which a base model goes on after its answer."""
+    answer, found, rest = text.partition("\nQuestion:")
+    is_next = found and answer.strip() and (not rest.strip() or "put your final answer within" in rest)
+    return answer if is_next else text
 
 
 def last_box(text: str) -> str | None:

@@ -4,7 +4,7 @@ The one source for training, for evaluate.py, and for the generation config of t
 """
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from support.common import print0
 from support.errors import one_line
@@ -16,16 +16,24 @@ class Vocabulary:
     newline_ids: set[int]  # whose text contains a newline: in BPE many besides "\\n", such as ".\\n\\n"
     stop_ids: list[int]  # that end an answer of either
     merged: list[int]  # the stop ids, if there are several and they count as one outcome (--merge_stops); else empty
+    # In the plain template a base model that has answered goes on with another question. The tokens of its "Question:", which
+    # end the answer if they come after a newline; empty for other templates.
+    next_question: list[int] = field(default_factory=list)
 
     def head_options(self, temperature) -> dict:
         """What the head functions of losses.py need to know of the vocabulary."""
         return {"temperature": temperature, "vocab": self.size, "merged": self.merged}
 
+    def asks_again(self, response) -> bool:
+        """Whether the response has just gone on with another question."""
+        n = len(self.next_question)
+        return 0 < n < len(response) and response[-n:] == self.next_question and response[-n - 1] in self.newline_ids
 
-def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False):
+
+def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False, template="auto"):
     """(the student's tokenizer, the Vocabulary of all models) of paths {role: folder or hub name}; a "student" is among them.
 
-    ValueError if the tokenizers differ.
+    template: as --template. ValueError if the tokenizers differ.
     """
     from transformers import AutoConfig, AutoTokenizer
 
@@ -40,7 +48,11 @@ def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False):
     merged = stop_ids if merge_stops and len(stop_ids) > 1 else []
     if not merged and stops.get("teacher", stops["student"]) != stops["student"]:
         print0(f"warning: the teacher ends its answers with {stops['teacher']}, the student with {stops['student']}")
-    return tokenizer, Vocabulary(size, newline_ids(tokenizer, size), stop_ids, merged)
+    newlines = newline_ids(tokenizer, size)
+    is_plain = template == "plain" or (template == "auto" and not tokenizer.chat_template)
+    return tokenizer, Vocabulary(
+        size, newlines, stop_ids, merged, next_question(tokenizer, newlines) if is_plain else []
+    )
 
 
 def pretrained(auto_class, path, **options):
@@ -75,7 +87,14 @@ def newline_ids(tokenizer, size: int) -> set[int]:
 
 
 # -----------------------------------------------------------------------------
-# stop tokens
+# what ends an answer
+
+
+def next_question(tokenizer, newlines) -> list[int]:
+    """The tokens of "Question:" after a newline; the plain template (data.py) begins with that word."""
+    ids = tokenizer("\n\nQuestion:", add_special_tokens=False)["input_ids"]
+    start = max((i + 1 for i, token in enumerate(ids) if token in newlines), default=len(ids))
+    return ids[start:]
 
 
 def stop_ids_of(path, tokenizer) -> list[int]:

@@ -18,7 +18,15 @@ import gating
 from configs import TEMPLATES, EvalConfig, TrainConfig, parse
 from rollout import Rollout
 from support import common, toy
-from support.vocabulary import end_of_turn, newline_ids, shared_size, stop_ids
+from support.vocabulary import (
+    Vocabulary,
+    end_of_turn,
+    load_tokenizer,
+    newline_ids,
+    next_question,
+    shared_size,
+    stop_ids,
+)
 
 REAL = SHARED / "data"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"the real benchmarks are not at {REAL}")
@@ -131,6 +139,17 @@ def test_templates(bpe):
     assert bpe.decode(data.encode(question, bpe)) == f"[1+1\n{data.INSTRUCTION}]>"
     assert bpe.decode(data.encode(chat, bpe)) == "[1+1=?]>"
     bpe.chat_template = None
+
+
+def test_the_next_question_of_the_plain_template_is_known_by_its_tokens(bpe, pair):
+    newlines = newline_ids(bpe, len(bpe))
+    vocabulary = Vocabulary(len(bpe), newlines, [], [], next_question(bpe, newlines))
+    again = "\n" + data.TEXT_TEMPLATES["plain"].partition(" {question}")[0]
+    ids = bpe(f"y is 2.{again}", add_special_tokens=False)["input_ids"]
+    assert [vocabulary.asks_again(ids[:n]) for n in range(len(ids) + 1)] == [False] * len(ids) + [True]
+    assert not vocabulary.asks_again(bpe("y? Question:", add_special_tokens=False)["input_ids"])
+    found = {name: load_tokenizer({"student": pair[1]}, template=name)[1].next_question for name in TEMPLATES}
+    assert [name for name, ids in found.items() if ids] == ["plain"]  # the pair's tokenizer has a chat template
 
 
 def test_prompts_are_a_function_of_the_seed_and_the_step():

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, SHARED
 
+import data
 from support.grade import LONGEST, REWRITES, TAIL, UNGRADABLE, Grader, clean, extract
 
 DATA = SHARED / "data"
@@ -114,6 +115,17 @@ def test_without_a_box_the_stated_answer_counts_only_if_the_response_ended():
     assert extract(r"\boxed{70} but wait", finished=False) == "70"
     assert extract("I do not know.") is None
     assert extract("") is None
+
+
+def test_the_first_answer_counts_if_another_question_follows():
+    """A base model goes on in the plain template; the sampler stops at its first words."""
+    again = data.TEXT_TEMPLATES["plain"].replace("{question}", "What is 10-6?")
+    stopped = again[: again.index(" What")]
+    for answer in (r" 2+3 = \boxed{5}.", " The answer is 5.", "It is x = 5"):
+        for rest in (again + r" \boxed{4}", again + " The answer is 4.", stopped):
+            assert extract(f"{answer}\n\n{rest}", finished=False) == "5"
+    restated = "I restate it.\nQuestion: what is 2+3?\nAnswer: 5"  # in a chat; nothing was answered before
+    assert extract(restated) == "5" and extract(again + " The answer is 4.") == "4"
 
 
 def test_only_what_follows_the_reasoning_is_graded(grader):

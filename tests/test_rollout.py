@@ -153,6 +153,24 @@ def test_a_stop_id_that_is_also_the_pad_id_is_counted_once(model):
     assert stopped and all(r.response.count(PAD) == 1 == (r.response[-1] == PAD) for r in stopped)
 
 
+def test_it_stops_where_the_next_question_begins(model):
+    """Other tokens of the batch go on, and the same words that follow no newline end nothing."""
+    asks, newlines = [9, 10], set(range(3, 24))
+    vocabulary = Vocabulary(V, newlines, [], [])
+    jobs, options = ([[5, 6, 9]] * 300, range(300)), PLAIN | {"temperature": 3.0, "max_tokens": 40}
+    whole = HFSampler(model, vocabulary).sample(*jobs, **options)
+    vocabulary.next_question = asks
+    n_cut = 0
+    for long, short in zip(whole, HFSampler(model, vocabulary).sample(*jobs, **options), strict=True):
+        row = long.response
+        ends = [i for i in range(3, len(row) + 1) if row[i - 2 : i] == asks and row[i - 3] in newlines]
+        end = min(ends, default=len(row))
+        assert short.response == row[:end] and short.logprobs == pytest.approx(long.logprobs[:end], abs=1e-4)
+        assert short.finish == ("stop" if ends else long.finish)
+        n_cut += end < len(row)
+    assert n_cut > 3
+
+
 def test_ids_beyond_the_vocabulary_are_never_drawn():
     big = tiny(vocab=64)
     found = sampler(big, vocab=V).sample([[5, 6]] * 100, range(100), **PLAIN)

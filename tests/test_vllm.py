@@ -118,6 +118,23 @@ def test_it_stops_at_any_stop_id_keeps_it_and_never_draws_padding(pair):
     assert all(len(r.logprobs) == len(r.response) for r in found)
 
 
+def test_it_stops_where_the_next_question_begins(pair, monkeypatch):
+    sampler, _ = pair
+    jobs = [[5, 6]] * 150, range(150)
+    whole = sampler.sample(*jobs, **PLAIN)
+    asks, newlines = [9], set(range(10, 40))
+    monkeypatch.setattr(sampler, "vocabulary", Vocabulary(V, newlines, STOPS, [], asks))
+    n_cut = 0
+    for long, short in zip(whole, sampler.sample(*jobs, **PLAIN), strict=True):
+        row = long.response
+        ends = [i + 1 for i in range(1, len(row)) if row[i] == 9 and row[i - 1] in newlines]
+        end = min(ends, default=len(row))
+        assert short.response == row[:end] and len(short.logprobs) == end
+        assert short.finish == ("stop" if ends else long.finish)
+        n_cut += end < len(row)
+    assert n_cut > 3
+
+
 @pytest.mark.parametrize("change", [{"temperature": 0.6}, {"top_p": 0.5}, {"top_k": 3}])
 def test_sampling_options_work_and_log_probs_stay_raw(pair, change):
     sampler, model = pair
