@@ -59,7 +59,7 @@ def find(cfg) -> Path | None:
     config = out / CONFIG
     if cfg.resume == "false":
         if config.exists():
-            if not cfg.overwrite:
+            if has_begun(out) and not cfg.overwrite:
                 remedies = "--resume goes on with it, --overwrite deletes it, --out names another folder"
                 raise ValueError(f"{out} already holds a run: {remedies}")
             check_inputs_outlive(out, cfg)
@@ -75,6 +75,11 @@ def find(cfg) -> Path | None:
         if old != new and not may_change(name):
             raise ValueError(f"--resume: {out} was run with --{name} {old!r}, not {new!r}")
     return newest
+
+
+def has_begun(out) -> bool:
+    """Whether the folder of a run holds more than its setup leaves, if that fails, as on a teacher's server: start again then."""
+    return any(path.is_dir() or (path.suffix == ".jsonl" and path.stat().st_size) for path in out.iterdir())
 
 
 def check_inputs_outlive(out, cfg):

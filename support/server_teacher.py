@@ -38,13 +38,14 @@ class ServerTeacher:
         )
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=REQUESTS, max_retries=retry))
-        model = self.ask("GET", "/v1/models")["data"][0]
-        self.model = model["id"]
+        models = self.ask("GET", "/v1/models", field="data")
+        self.model, context = models[0].get("id"), models[0].get("max_model_len")
+        if context is None:
+            raise self.lacks("max_model_len", "/v1/models")
         needed = cfg.max_prompt + cfg.max_response + 1  # the server insists on generating one token
-        if model["max_model_len"] < needed:
+        if context < needed:
             raise ValueError(
-                f"--teacher_url: {self.model} takes {model['max_model_len']} tokens there; "
-                f"prompt, response and one more are {needed}"
+                f"--teacher_url: {self.model} takes {context} tokens there; prompt, response and one more are {needed}"
             )
         self.check_vocabulary(tokenizer)
         self.score([0, vocabulary.size - 1])  # if an id or the number of log-probs is too large, the server says so
@@ -54,7 +55,7 @@ class ServerTeacher:
         ids = sorted(
             {*range(0, self.vocabulary.size, 50), *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         )
-        theirs = self.ask("POST", "/detokenize", {"model": self.model, "tokens": ids})["prompt"]
+        theirs = self.ask("POST", "/detokenize", {"model": self.model, "tokens": ids}, field="prompt")
         ours = tokenizer.decode(ids)
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
@@ -63,15 +64,24 @@ class ServerTeacher:
                 f"and {theirs[at : at + 20]!r} for {self.model}"
             )
 
-    def ask(self, method, path, body=None):
-        """The JSON of the server's answer."""
+    def ask(self, method, path, body=None, *, field):
+        """This field of the server's answer. OSError if it is empty or missing, as in that of a server other than vLLM's."""
         try:
             answer = self.session.request(method, self.url + path, json=body, timeout=TIMEOUT)
         except OSError as error:
             raise OSError(f"--teacher_url: no answer from {self.url}{path}: {error}") from None
         if not answer.ok:
             raise OSError(f"--teacher_url: {self.url}{path} answers {answer.status_code}: {answer.text[:500]}")
-        return answer.json()
+        try:
+            found = answer.json()
+        except ValueError:  # such as a web page
+            found = None
+        if not isinstance(found, dict) or not found.get(field):
+            raise self.lacks(field, path)
+        return found[field]
+
+    def lacks(self, field, path):
+        return OSError(f"--teacher_url: {self.url}{path} gives no {field}, as vLLM's server does")
 
     def score(self, ids, start=1):
         """(log-probs of ids[start:], the k most likely tokens in their places: [[(log-prob, id), ...], ...]).
@@ -79,9 +89,9 @@ class ServerTeacher:
         Of a merged outcome only the tokens that the server names are counted: any other is less likely than its top-k.
         """
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
-        rows = self.ask("POST", "/v1/completions", body)["choices"][0].get("prompt_logprobs")
+        rows = self.ask("POST", "/v1/completions", body, field="choices")[0].get("prompt_logprobs")
         if rows is None:
-            raise OSError(f"--teacher_url: {self.url} gives no prompt_logprobs, as vLLM does")
+            raise self.lacks("prompt_logprobs", "/v1/completions")
         merged, logp, top = self.vocabulary.merged, [], []
         for token, row in zip(ids[start:], rows[start:], strict=True):
             # The sampled token is named even if it is not in the top-k; ids that only pad the teacher's embedding may be.

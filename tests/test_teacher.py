@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import toy_vocabulary
-from helpers import far, flags, run
+from helpers import far, finished, flags, refused, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policy
@@ -28,6 +28,7 @@ class Server(ThreadingHTTPServer):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.context, self.limit, self.failures, self.dies_after, self.asked = 512, 20, 0, 10**9, 0
+        self.lacks = {}  # {path: what it answers instead, as a server that is not vLLM}
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @torch.no_grad()
@@ -37,6 +38,8 @@ class Server(ThreadingHTTPServer):
         if self.failures > 0:
             self.failures -= 1
             return 503, {"error": "busy"}
+        if path in self.lacks:
+            return 200, self.lacks[path]
         if path == "/v1/models":
             return 200, {"data": [{"id": "the-teacher", "max_model_len": self.context}]}
         if path == "/detokenize":
@@ -147,6 +150,36 @@ def test_a_server_that_does_not_fit_is_one_line_before_the_student_loads(
         train.main(parse(TrainConfig, flags(pair, tmp_path / "a", **dict(teacher_url=server.url) | options)))
     error = capsys.readouterr().err if stop.value.code == 2 else stop.value.code
     assert re.search(message, error) and error.strip().count("\n") == 0, error
+
+
+@pytest.mark.parametrize(
+    "path, answer, message",
+    [
+        ("/v1/models", {"data": [{"id": "llama"}]}, "/v1/models gives no max_model_len, as vLLM's server does"),
+        ("/v1/models", {"data": []}, "/v1/models gives no data"), ("/v1/models", {}, "/v1/models gives no data"),
+        ("/v1/models", "<html>", "/v1/models gives no data"), ("/detokenize", {"content": "x"}, "/detokenize gives no prompt"),
+        ("/v1/completions", {"choices": [{"text": "x"}]}, "/v1/completions gives no prompt_logprobs"),
+        ("/v1/completions", {"choices": []}, "/v1/completions gives no choices"),
+    ],
+)  # fmt: skip
+def test_a_server_that_is_not_vllm_is_one_line_that_names_what_is_missing(
+    pair, server, tmp_path, path, answer, message
+):
+    server.lacks = {path: answer}
+    refused(flags(pair, tmp_path / "run", teacher_url=server.url), f"train.py: --teacher_url: {server.url}{message}")
+
+
+def test_a_run_whose_setup_failed_can_be_started_again_as_it_stands(pair, server, tmp_path):
+    """With other settings, too: nothing was made with the first ones."""
+    server.lacks = {"/v1/models": {"data": []}}
+    assert (
+        finished(flags(pair, tmp_path / "run", teacher_url=server.url)) == 1
+    )  # in a process of its own, which frees the lock
+    assert (tmp_path / "run/config.json").exists()
+    server.lacks = {}
+    rows, _ = run(pair, tmp_path / "run", teacher_url=server.url, lr=1e-3)
+    assert len(rows) == 2
+    refused(flags(pair, tmp_path / "run", teacher_url=server.url), "already holds a run")
 
 
 def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, server, tmp_path, monkeypatch):
