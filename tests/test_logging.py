@@ -9,7 +9,7 @@ import sys
 import types
 
 import torch
-from helpers import ENV, ROOT, SMALL, flags, metrics, refused, run
+from helpers import ENV, ROOT, SMALL, evaluations, flags, metrics, refused, run
 
 import evaluate
 from configs import EvalConfig, parse
@@ -25,7 +25,7 @@ class FakeWandb(types.ModuleType):
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.errors = types.SimpleNamespace(Error=KeyError)
         self.util = types.SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
-        self.started, self.logged, self.error = [], [], None
+        self.started, self.logged, self.keys, self.error = [], [], set(), None
 
     def init(self, **options):
         if self.error:
@@ -34,6 +34,25 @@ class FakeWandb(types.ModuleType):
 
     def log(self, row, step):
         self.logged.append(step)
+        self.keys |= set(row)
+
+
+def fake_tensorboard(monkeypatch):
+    """(each writer's purge_step, {curve: [(step, value)]}), which a run with --log tensorboard fills."""
+    made, curves = [], {}
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            made.append(purge_step)
+
+        def add_scalar(self, name, value, step):
+            curves.setdefault(name, []).append((step, value))
+
+    for name in ("tensorboard", "torch.utils.tensorboard"):
+        fake = types.ModuleType(name)
+        fake.__spec__, fake.SummaryWriter = importlib.machinery.ModuleSpec(name, None), Writer
+        monkeypatch.setitem(sys.modules, name, fake)
+    return made, curves
 
 
 def test_a_resumed_run_goes_on_as_the_same_wandb_run(pair, tmp_path, monkeypatch):
@@ -51,22 +70,25 @@ def test_a_resumed_run_goes_on_as_the_same_wandb_run(pair, tmp_path, monkeypatch
 
 
 def test_a_resumed_run_purges_the_steps_that_tensorboard_has_from_before(pair, tmp_path, monkeypatch):
-    made = []
-
-    class Writer:
-        def __init__(self, folder, purge_step):
-            made.append(purge_step)
-
-        def add_scalar(self, *_):
-            pass
-
-    for name in ("tensorboard", "torch.utils.tensorboard"):
-        fake = types.ModuleType(name)
-        fake.__spec__, fake.SummaryWriter = importlib.machinery.ModuleSpec(name, None), Writer
-        monkeypatch.setitem(sys.modules, name, fake)
+    made, _ = fake_tensorboard(monkeypatch)
     run(pair, tmp_path / "run", **SMALL | dict(log="tensorboard"))
     run(pair, tmp_path / "run", **SMALL | dict(log="tensorboard", steps=3, resume="true"))
     assert made == [None, 3]
+
+
+def test_every_number_but_the_step_is_a_curve_the_interval_included(pair, tmp_path, monkeypatch):
+    _, curves = fake_tensorboard(monkeypatch)
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(plot, "draw", lambda out: None)
+    options = dict(steps=1, eval_every=1, eval_problems=2, k=2)
+    for log in ("tensorboard", "wandb"):
+        run(pair, tmp_path / log, log=log, **options)
+    rows = metrics(tmp_path / "tensorboard") + evaluations(tmp_path / "tensorboard")
+    names = {name for row in rows for name in row}
+    assert set(curves) == fake.keys == names - {"step", "rollout/checksum", "gate/by_position"}
+    for name in ("eval/pass@2", "eval/pass@2_low", "eval/pass@2_high"):
+        assert curves[name] == [(row["step"], row[name]) for row in evaluations(tmp_path / "tensorboard")]
 
 
 def test_a_notebooks_matplotlib_backend_does_not_matter():
