@@ -133,7 +133,7 @@ class EvalConfig:
     n: int = arg(0, "responses to each question, at least k; 0: k. More reduce the variance of pass@k", low=0)
 
     max_response: int = arg(16384, "cut responses off at this many tokens, or where the model's context ends", low=1, section="sampling")
-    temperature: float = arg(1.0, "of sampling")
+    temperature: float = arg(1.0, "of sampling; 0: greedy decoding, one response to each question")
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]", high=1)
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     seed: int = arg(0, "another seed gives other responses", low=0, high=2**63 - 1)
@@ -282,7 +282,8 @@ def check_ranges(cfg) -> list[str]:
             errors.append(f"--{f.name} is {value}; it must be at least {low}")
         if not value <= high:
             errors.append(f"--{f.name} is {value}; it must be at most {high}")
-        if f.name in ("temperature", "top_p", "vllm_memory") and not value > 0:
+        is_greedy = f.name == "temperature" and value == 0 and isinstance(cfg, EvalConfig)
+        if f.name in ("temperature", "top_p", "vllm_memory") and not (value > 0 or is_greedy):
             errors.append(f"--{f.name} is {value}; it must be above 0")
     if cfg.template not in TEMPLATES and "{question}" not in cfg.template:
         errors.append(f"--template is {cfg.template!r}; it is {', '.join(TEMPLATES)}, or a text with {{question}}")
@@ -323,7 +324,11 @@ def check_train(cfg) -> list[str]:
 
 def check_eval(cfg) -> list[str]:
     errors = []
-    if 0 < cfg.n < cfg.k:
+    if cfg.temperature == 0 and cfg.n > 1:
+        errors.append(
+            f"--temperature 0 is greedy decoding, and --n is {cfg.n}: all responses to a question would be the same"
+        )
+    elif 0 < cfg.n < cfg.k and cfg.temperature > 0:
         errors.append(f"--n is {cfg.n}; it must be at least --k, {cfg.k}")
     if cfg.data and "" in cfg.data.split(","):
         errors.append(f"--data {cfg.data!r} has an empty name")

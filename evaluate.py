@@ -18,11 +18,13 @@ from configs import BENCHMARKS, EvalConfig, parse
 if __name__ == "__main__":
     cfg = parse(EvalConfig)  # before the imports below, which take seconds: --help and a wrong flag answer at once
 
+import hashlib
 import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import xxhash
 from tqdm import tqdm
 
 import data
@@ -41,11 +43,11 @@ from support.common import (
     versions,
     world_size,
 )
-from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in
+from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
 from support.files import append_jsonl, claim_folder, write_file, write_jsonl
-from support.grade import Grader
+from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
-from support.statistics import read_rows, summary
+from support.statistics import read_identity, read_rows, summary
 from support.vocabulary import load_tokenizer, pretrained
 
 # Flags that change no sample, so that a folder may be used again with another value
@@ -149,15 +151,30 @@ def claim(folder: Path, identity: dict, overwrite: bool):
     return lock
 
 
-def kept_rows(path, prompts, n) -> dict:
-    """{(benchmark, problem's id, number): row} of the samples that are there already. Cuts off a torn last line."""
+def kept_rows(path, prompts, n, grader) -> dict:
+    """{(benchmark, problem's id, number): row} of the samples that are there already. Cuts off a torn last line.
+
+    They are graded again: another version of the grader may have graded them.
+    """
     rows = read_rows(path) if path.exists() else []
     wanted = {(name, problem.id, i) for name, problem, _ in prompts for i in range(n)}
     kept = {(row["data"], row["problem"], row["sample"]): row for row in rows}
     kept = {key: row for key, row in kept.items() if key in wanted}
     if rank() == 0:
-        write_jsonl(path, kept.values())
+        write_jsonl(path, graded(kept.values(), grader))
     return kept
+
+
+def weights_digest(model, config) -> str | None:
+    """Tells whether a model has changed: a digest of its folder's files, about 0.5 s for a GB; of a hub model, its commit."""
+    files = sorted(file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin", ".json"))
+    if not files:
+        return getattr(config, "_commit_hash", None)
+    digests = []
+    for path in files:
+        with path.open("rb") as file:
+            digests.append([path.name, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()])
+    return data.digest(digests)
 
 
 # -----------------------------------------------------------------------------
@@ -187,9 +204,9 @@ def choose_model(name):
 
 
 def prepare(cfg, device):
-    """(cfg with its gaps filled, label, tokenizer, Vocabulary, [(benchmark, Problem, prompt ids)], identity). ValueError if wrong.
+    """(cfg with its gaps filled, label, tokenizer, Vocabulary, [(benchmark, Problem, prompt ids)], identity, max_len). ValueError if wrong.
 
-    The identity says what the samples depend on: a folder with another one is not used.
+    The identity says what the samples depend on: a folder with another one is not used. max_len: of a prompt and its response.
     """
     from transformers import AutoConfig
 
@@ -201,32 +218,34 @@ def prepare(cfg, device):
     paths = {Path(name).stem: name for name in names.split(",")}
     if len(paths) < len(names.split(",")):
         raise ValueError(f"--data {names}: two sets have the same name")
-    prompts, identity = [], {"format": FORMAT}
+    prompts, identity, n_cut = [], {"format": FORMAT}, {}
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     for name, path in paths.items():
         problems = data.load(path, limit=cfg.eval_problems)
         encoded = data.encode_all(problems, tokenizer, cfg, vocabulary.size)
         identity[f"problems of {name}"] = data.digest([[p.id, ids, p.answer] for p, ids in encoded])
         prompts += [(name, problem, ids) for problem, ids in encoded]
+        n_cut[name] = sum(len(ids) + cfg.max_response > context for _, ids in encoded)
     longest = max(len(ids) for _, _, ids in prompts)
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
     if longest >= context:
         raise ValueError(f"a prompt of {longest} tokens does not fit a context of {context}")
     out = cfg.out or str(Path("out/eval", label, "+".join(paths)))
-    max_response = min(cfg.max_response, context - longest)
-    cfg = replace(cfg, model=model, data=names, n=cfg.n or cfg.k, max_response=max_response, out=out)
+    k = 1 if cfg.temperature == 0 else cfg.k
+    cfg = replace(cfg, model=model, data=names, k=k, n=cfg.n or k, out=out)
     identity |= {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
-    identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type}
-    # Tells when the weights have changed: a folder by its newest file, a hub model by its commit.
-    times = [file.stat().st_mtime for file in Path(model).glob("*") if file.is_file()]
-    identity["weights"] = max(times, default=getattr(config, "_commit_hash", None))
-    return cfg, label, tokenizer, vocabulary, prompts, identity
+    identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type, "cut by context": n_cut}
+    identity["weights"] = weights_digest(model, config) if rank() == 0 else None  # the others need no identity
+    return cfg, label, tokenizer, vocabulary, prompts, identity, min(context, longest + cfg.max_response)
 
 
 def run(cfg):
     device = init_device(cfg)
     hide_progress_bars()
-    cfg, label, tokenizer, vocabulary, prompts, identity = prepare(cfg, device)
-    print0(f"{cfg.model}: {cfg.n} samples of {len(prompts)} problems, {cfg.max_response} tokens at most")
+    cfg, label, tokenizer, vocabulary, prompts, identity, max_len = prepare(cfg, device)
+    n_cut = sum(identity["cut by context"].values())
+    cut = f", for {n_cut} problems only until the context of {max_len} is full" if n_cut else ""
+    samples = f"{cfg.n} samples of" if cfg.temperature else "the most likely answer to each of"
+    print0(f"{cfg.model}: {samples} {len(prompts)} problems, {cfg.max_response} tokens at most{cut}")
     print0(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
     out = Path(cfg.out)
     lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
@@ -234,18 +253,20 @@ def run(cfg):
     keep_tracebacks_in(out)
 
     path = out / "samples.jsonl"
-    rows = kept_rows(path, prompts, cfg.n)
+    with Grader() as grader:
+        rows = kept_rows(path, prompts, cfg.n, grader)
     barrier()
     jobs = jobs_of(prompts, cfg.n, rows)
     if jobs:
         print0("sampling with {}: {}".format(*rollout.choose(cfg.rollout, device.type)))
-        # vLLM insists on a cache for one sequence of max_len, by default the model's whole context.
-        max_len = max(len(ids) for _, _, ids in prompts) + cfg.max_response
-        sampler = rollout.make_sampler(cfg, cfg.model, None, vocabulary, max_len=max_len)
-        choose_attention_kernels(device)
-        sampling = rollout.sampling_options(cfg) | {"seed": cfg.seed, "batch": cfg.batch}
-        bar = tqdm(total=sum(map(len, jobs.values())), unit="response", disable=rank() > 0)
         with Grader() as grader:
+            on_all_ranks(grader.check)
+            sampler = rollout.make_sampler(cfg, cfg.model, None, vocabulary, max_len=max_len)
+            choose_attention_kernels(device)
+            sampling = rollout.sampling_options(cfg) | {"seed": cfg.seed, "batch": cfg.batch}
+            if cfg.temperature == 0:
+                sampling |= {"temperature": 1.0, "top_p": 1.0, "top_k": 1}  # greedy: the most likely token alone
+            bar = tqdm(total=sum(map(len, jobs.values())), unit="response", disable=rank() > 0)
             for fresh in answer_all(sampler, tokenizer, jobs, grader, **sampling):
                 if rank() == 0:
                     append_jsonl(path, fresh)
@@ -260,10 +281,12 @@ def finish(cfg, rows, out, label, identity):
     """Writes and prints what the rows say."""
     entries = summary([rows], cfg.k)
     records = [{"benchmark": benchmark} | entry for benchmark, entry in entries.items()]
+    n_cut = identity.get("cut by context")
+    identity = identity | {"grader": "{} with math-verify {math-verify}, sympy {sympy}".format(VERSION, **versions())}
     results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": records}
     write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
     draw_or_warn(plot_pass_at_k, {label: entries}, out / "pass_at_k.png")
-    print(f"\n{report.summary_table(entries, cfg.k)}\n")
+    print(f"\n{report.summary_table(entries, cfg.k, n_cut)}\n")
     if cfg.paper:
         print(f"{report.paper_table({label: entries}, cfg.k)}\n")
     print(f"{out}: samples.jsonl, every completion; results.json, the numbers; pass_at_k.png")
@@ -285,7 +308,7 @@ def regrade(cfg):
     out = Path(cfg.out or folder / "regraded")
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "samples.jsonl", fresh)
-    finish(cfg, fresh, out, folder.name, {"regraded": str(source)})
+    finish(cfg, fresh, out, folder.name, read_identity(source) | {"regraded": str(source)})
 
 
 @errors_in_one_line("evaluate.py")

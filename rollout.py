@@ -79,12 +79,13 @@ PAD = 0  # padding is masked, so any id will do that the embedding has; a tokeni
 class HFSampler:
     """generate() in batches of at most `budget` tokens.
 
-    owns_model: `model` is the sampler's own copy, and sync() writes into it; otherwise it is the trainer's.
+    owns_model: `model` is the sampler's own copy, and sync() writes into it; otherwise it is the trainer's. max_len: tokens of
+    prompt and response; 0: no limit.
     """
 
-    def __init__(self, model, vocabulary, *, owns_model=False, budget=1 << 17, should_stop=lambda: False):
+    def __init__(self, model, vocabulary, *, owns_model=False, max_len=0, budget=1 << 17, should_stop=lambda: False):
         self.model, self.vocabulary = model, vocabulary
-        self.owns_model, self.budget, self.should_stop = owns_model, budget, should_stop
+        self.owns_model, self.max_len, self.budget, self.should_stop = owns_model, max_len, budget, should_stop
 
     @torch.no_grad()
     def sync(self, weights):
@@ -111,14 +112,17 @@ class HFSampler:
         model.eval()  # in training mode, gradient checkpointing switches the KV cache off
         # What the config below leaves open, generate() takes from the model's own: repetition penalties and the like.
         model.generation_config = hf.GenerationConfig()
-        config = hf.GenerationConfig(max_new_tokens=max_tokens, do_sample=False)
+        config = hf.GenerationConfig(do_sample=False)
         config.eos_token_id, config.pad_token_id = self.vocabulary.stop_ids or None, PAD
         rollouts = {}
         todo = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+        limits = [min(max_tokens, self.max_len - len(p)) if self.max_len else max_tokens for p in prompts]
         try:
             while todo:
-                rows = max(1, self.budget // (len(prompts[todo[0]]) + max_tokens))
-                batch, todo = todo[:rows], todo[rows:]
+                config.max_new_tokens = limits[todo[0]]  # one limit for a batch: those that max_len cuts come first
+                rows = max(1, self.budget // (len(prompts[todo[0]]) + config.max_new_tokens))
+                batch = [i for i in todo[:rows] if limits[i] == config.max_new_tokens]
+                todo = todo[len(batch) :]
                 found = self.generate([prompts[i] for i in batch], [seeds[i] for i in batch], config, warpers)
                 rollouts.update(zip(batch, found, strict=True))
         finally:
@@ -331,8 +335,8 @@ def make_sampler(cfg, path, model, vocabulary, should_stop=lambda: False, **engi
     """The sampler that cfg.rollout names.
 
     model: the trainer's. If it is None or sharded, the hf sampler loads a copy from `path`. should_stop() is asked at every
-    token: once it is True, sample returns what there is, and the caller has to drop it. engine_options: VLLMSampler's max_len
-    and max_num_seqs.
+    token: once it is True, sample returns what there is, and the caller has to drop it. engine_options: max_len, where a response
+    ends though it may have more tokens, and VLLMSampler's max_num_seqs.
     """
     import transformers as hf
 
@@ -348,7 +352,8 @@ def make_sampler(cfg, path, model, vocabulary, should_stop=lambda: False, **engi
         model = hf.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust, dtype=dtype)
         model = model.to(torch.device(device))
     budget = token_budget(model.config, torch.cuda.mem_get_info()[0] if device == "cuda" else None)
-    options = {"owns_model": needs_copy, "budget": budget, "should_stop": should_stop}
+    max_len = engine_options.get("max_len", 0)
+    options = {"owns_model": needs_copy, "max_len": max_len, "budget": budget, "should_stop": should_stop}
     return HFSampler(model, vocabulary, **options)
 
 

@@ -40,6 +40,7 @@ import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
+VERSION = 2  # of the verdicts: one more with every change after which an answer may be graded otherwise
 LONGEST = 1000  # characters; a longer answer is not compared. MATH-500's longest gold answer has 53
 TAIL = 2000  # characters at the end of a response that are searched for an answer without a box
 MEMORY = 2 << 30  # bytes of address space per worker

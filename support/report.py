@@ -8,11 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from configs import BENCHMARKS, TOPK_LOSSES, command_line
+from configs import BENCHMARKS, OLD_NAMES, TOPK_LOSSES, command_line
 from support.common import versions, world_size
 from support.files import EVALUATIONS, FINAL, METRICS, read_jsonl, write_file
 from support.plot import plot_pass_at_k
-from support.statistics import MEAN, curves_of_runs, paired, read_rows, rows_by_benchmark, shared_benchmarks, summary
+from support.statistics import (
+    MEAN,
+    curves_of_runs,
+    paired,
+    read_identity,
+    read_rows,
+    rows_by_benchmark,
+    shared_benchmarks,
+    summary,
+)
 
 PAPER = {  # arXiv 2606.24084: pass@8 in %, on BENCHMARKS in this order; one seed each
     "base student": (77.2, 13.3, 10.0, 60.0),
@@ -45,8 +54,11 @@ def format_columns(header, body) -> str:
     return "\n".join([first_line, "-" * len(first_line), *lines])
 
 
-def summary_table(entries: dict, k: int) -> str:
-    """What summary() returns as a table, in percent and with 95 % intervals."""
+def summary_table(entries: dict, k: int, n_cut=None) -> str:
+    """What summary() returns as a table, in percent and with 95 % intervals.
+
+    n_cut: {benchmark: how many of its problems the model's context leaves less than --max_response tokens}.
+    """
     first_entry = next(iter(entries.values()))
     mean_at_n = next(name for name in first_entry if name.startswith("mean@"))
     body = []
@@ -55,7 +67,12 @@ def summary_table(entries: dict, k: int) -> str:
         cells = [percent(entry[f"pass@{k}"], bounds[k - 1]), percent(entry[mean_at_n], bounds[0])]
         cells += [percent(entry["truncated"]), f"{entry['length']:.0f}", percent(entry["no_answer"])]
         body.append([benchmark, str(entry["problems"]), *cells])
-    return format_columns(["", "problems", f"pass@{k} %", f"{mean_at_n} %", "cut off %", "tokens", "no answer %"], body)
+    header = ["", "problems", f"pass@{k} %", f"{mean_at_n} %", "cut off %", "tokens", "no answer %"]
+    if any((n_cut or {}).values()):
+        header.append("context < max_response")
+        for line in body:
+            line.append(str(n_cut.get(line[0], sum(n_cut.values()))))  # that of the mean is the sum, as for problems
+    return format_columns(header, body)
 
 
 def paper_table(summaries: dict, k: int) -> str:
@@ -107,9 +124,38 @@ def comparison(variants: dict, k: int) -> str:
     return format_columns(["variant", "", "%", "variant", baseline, "difference", "p"], body)
 
 
+def differing_settings(identities: dict) -> list[str]:
+    """Warnings for what differs besides the models. identities: {variant: what read_identity says of each run}.
+
+    ValueError if runs of one variant differ in a setting, or if different graders gave the verdicts.
+    """
+    warnings, differing = [], []
+    for name, runs in identities.items():
+        weights = [identity["weights"] for identity in runs if identity.get("weights")]
+        if len(set(weights)) < len(weights):
+            warnings.append(f"warning: runs of {name} have the same weights, and count as different training seeds")
+    for setting in ("grader", "max_response", "temperature", "top_p", "sample_top_k", "n", "template", "template_args"):
+        values = {}  # {value: names of the variants that have it}
+        for name, runs in identities.items():
+            known = [{OLD_NAMES.get(key, key): x for key, x in identity.items()} for identity in runs if identity]
+            of_variant = dict.fromkeys(identity.get(setting) for identity in known)
+            if len(of_variant) > 1:
+                raise ValueError(f"--compare: runs of {name} differ in {setting}: {' and '.join(map(str, of_variant))}")
+            for value in of_variant:
+                values.setdefault(value, []).append(name)
+        text = f"{setting} " + ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
+        if len(values) > 1 and setting == "grader":
+            raise ValueError(f"--compare: {text}: python evaluate.py --regrade FOLDER grades each with this one")
+        if len(values) > 1:
+            differing.append(text)
+    if differing:
+        warnings.append(f"warning: they differ in more than the model: {'; '.join(differing)}")
+    return warnings
+
+
 def compare(cfg):
     """evaluate.py --compare: prints the tables, and writes pass_at_k.png into --out."""
-    variants = {}
+    variants, identities, seen = {}, {}, set()
     for argument in cfg.compare:  # NAME=A,B,C or A,B,C: runs of one variant, each a folder, a file or a glob pattern
         name, equals, paths = argument.partition("=")
         if not equals or "/" in name:  # a path may have an = of its own
@@ -117,10 +163,20 @@ def compare(cfg):
         files = []
         for path in paths.split(","):
             files += sorted(glob.glob(path)) or [path]  # if nothing matches, read_rows names the path in its error
-        variants[name or paths] = [read_rows(Path(file)) for file in files]
+        name = name or paths
+        if name in variants:
+            raise ValueError(f"--compare: the name {name} is given twice; seeds of one variant are NAME=A,B,C")
+        for file in files:
+            samples = (Path(file) / "samples.jsonl" if Path(file).is_dir() else Path(file)).resolve()
+            if samples in seen:
+                raise ValueError(f"--compare: {file} is given twice")
+            seen.add(samples)
+        variants[name] = [read_rows(Path(file)) for file in files]
+        identities[name] = [read_identity(Path(file)) for file in files]
     if len(variants) < 2:
         raise ValueError("--compare needs two evaluations or more, with different names: --compare A=FOLDER B=FOLDER")
-    print(f"\n{comparison(variants, cfg.k)}\n")
+    warnings = differing_settings(identities)
+    print("\n".join(["", comparison(variants, cfg.k), *warnings, ""]))
     summaries = {name: summary(runs, cfg.k) for name, runs in variants.items()}
     if cfg.paper:
         print(f"{paper_table(summaries, cfg.k)}\n")

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from helpers import graded_row, join, start_ranks, write_jsonl
 import data
 import evaluate
 import rollout
-from configs import EvalConfig, parse
+from configs import EvalConfig, TrainConfig, parse
 from data import Problem
 from support import grade, report, statistics, toy
 from support.common import seed_for
@@ -45,10 +46,11 @@ class FakeSampler:
     """Right where the seed says so, which is what a sampler does as far as evaluate.py can see."""
 
     def __init__(self, pause=0.0):
-        self.pause, self.calls = pause, []
+        self.pause, self.calls, self.options = pause, [], None
 
-    def sample(self, prompts, seeds, *, max_tokens, temperature, top_p, top_k):
+    def sample(self, prompts, seeds, **options):
         self.calls.append(len(prompts))
+        self.options = options
         time.sleep(self.pause)
         texts = [f"\\boxed{{{'7' if seed % 3 == 0 else seed % 11 + 20}}}" for seed in seeds]
         finish = ["length" if seed % 5 == 0 else "stop" for seed in seeds]
@@ -135,6 +137,7 @@ def without_model(monkeypatch):
     monkeypatch.setattr(evaluate, "load_tokenizer", lambda *_, **__: (FakeTokenizer(), vocabulary))
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", lambda *_, **__: context)
     monkeypatch.setattr(rollout, "make_sampler", lambda *_, **__: sampler, raising=False)
+    monkeypatch.setattr(Grader, "check", lambda self: None)  # a worker takes a second or two to start
     return sampler
 
 
@@ -176,6 +179,104 @@ def test_a_finished_evaluation_is_not_sampled_again_and_another_one_is_refused(t
     assert len(fake.calls) == 2 * calls
 
 
+def test_a_grader_that_does_not_work_ends_an_evaluation_before_its_first_sample(tmp_path, fake, monkeypatch):
+    def check(self):
+        raise ValueError("the grader does not work here: crash")
+
+    monkeypatch.setattr(Grader, "check", check)
+    with pytest.raises(SystemExit, match="the grader does not work here: crash"):
+        evaluate.main(make_config(tmp_path))
+    assert not fake.calls
+
+
+def test_kept_samples_are_graded_again(tmp_path, fake, monkeypatch, capsys):
+    """Another version of the grader may have graded them: one table, one grader."""
+    evaluate.main(make_config(tmp_path))
+    path = tmp_path / "out/samples.jsonl"
+    whole = path.read_text()
+    path.write_text(whole.replace('"correct": true', '"correct": false'))
+    evaluate.main(make_config(tmp_path))
+    assert path.read_text() == whole
+    assert json.loads((tmp_path / "out/results.json").read_text())["identity"]["grader"].startswith(
+        f"{grade.VERSION} with"
+    )
+
+
+def test_an_evaluation_knows_its_weights_by_their_content(tmp_path, fake):
+    """Not by their files' times: another student may be as old, and a copy of this one is newer."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (model / name).write_text(name)
+        os.utime(model / name, (100, 100))
+    cfg = make_config(tmp_path, model=str(model))
+    evaluate.main(cfg)
+    calls = len(fake.calls)
+    os.utime(model / "model.safetensors", (200, 200))
+    evaluate.main(cfg)  # the same weights
+    (model / "model.safetensors").write_text("MODEL.safetensors")
+    os.utime(model / "model.safetensors", (100, 100))
+    with pytest.raises(SystemExit, match="holds another evaluation, with weights"):
+        evaluate.main(cfg)
+    assert len(fake.calls) == calls
+
+
+def test_a_long_problem_takes_no_tokens_from_the_others(pair, tmp_path, capsys, monkeypatch):
+    """Its own responses end where the context does, and the table counts it."""
+    sampled = []
+    sample = rollout.HFSampler.sample
+    monkeypatch.setattr(
+        rollout.HFSampler, "sample", lambda *args, **options: sampled.extend(r := sample(*args, **options)) or r
+    )
+    context = json.loads((Path(pair[1]) / "config.json").read_text())["max_position_embeddings"]
+    rows = [{"problem": "1" * length, "answer": "5"} for length in (3, 4, context - 7)]
+    data_flags = ["--data", str(write_jsonl(tmp_path / "long.jsonl", rows))]
+    argv = [
+        "--model",
+        pair[1],
+        *data_flags,
+        "--out",
+        str(tmp_path / "out"),
+        *"--k 2 --max_response 20 --template raw".split(),
+    ]
+    evaluate.main(parse(EvalConfig, argv))
+    lengths = {len(r.prompt): [] for r in sampled}
+    for r in sampled:
+        lengths[len(r.prompt)].append(len(r.response) if r.finish == "length" else 20)
+    longest = max(lengths)
+    assert len(lengths) == 3 and lengths.pop(longest) == [context - longest] * 2 and context - longest < 10
+    assert all(found == [20, 20] for found in lengths.values())
+    printed = capsys.readouterr().out
+    assert "20 tokens at most, for 1 problems only until the context" in printed
+    header, _, line = printed[printed.index(" problems  ") :].splitlines()[:3]
+    assert header.endswith("context < max_response") and line.split()[-1] == "1"
+
+
+def test_temperature_0_is_greedy_decoding(pair, tmp_path, fake, capsys):
+    argv = [
+        "--model",
+        "fake",
+        "--temperature",
+        "0",
+        "--data",
+        make_config(tmp_path).data,
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    evaluate.main(parse(EvalConfig, argv))
+    assert sum(fake.calls) == len(PROBLEMS)
+    assert {name: fake.options[name] for name in ("temperature", "top_p", "top_k")} == dict(
+        temperature=1.0, top_p=1.0, top_k=1
+    )
+    assert "pass@1 %" in capsys.readouterr().out
+    for wrong in ("--n 2", "--temperature -1", "--temperature nan"):
+        with pytest.raises(SystemExit):
+            parse(EvalConfig, [*argv, *wrong.split()])
+    with pytest.raises(SystemExit):
+        parse(TrainConfig, ["--temperature", "0"])
+    assert "--temperature 0 is greedy decoding, and --n is 2" in capsys.readouterr().err
+
+
 def test_a_torn_last_line_is_dropped_and_its_part_sampled_again(tmp_path, fake):
     evaluate.main(make_config(tmp_path))
     path = tmp_path / "out" / "samples.jsonl"
@@ -205,6 +306,66 @@ def test_compare_reads_folders_files_and_seeds(tmp_path, fake, capsys):
     assert (tmp_path / "pass_at_k.png").stat().st_size > 10_000
     with pytest.raises(SystemExit, match="no finished evaluation"):
         evaluate.main(EvalConfig(compare=[arms[0], "missing"], k=2))
+
+
+def make_evaluation(folder, seed, **identity):
+    folder.mkdir()
+    rows = [graded_row(i, s) | {"correct": (i * s + seed) % 3 > 0} for i in range(6) for s in range(2)]
+    write_jsonl(folder / "samples.jsonl", rows)
+    (folder / "identity.json").write_text(json.dumps(identity))
+    (folder / "results.json").write_text("{}")
+    return folder
+
+
+def compare(tmp_path, *arms):
+    report.compare(EvalConfig(compare=list(arms), k=2, out=str(tmp_path)))
+
+
+def test_a_run_or_a_name_is_compared_once(tmp_path):
+    """A repeated name replaced the first one; one run given four times counted as four training seeds."""
+    a, b = (make_evaluation(tmp_path / name, i) for i, name in enumerate("ab"))
+    (tmp_path / "link").symlink_to(a)
+    with pytest.raises(ValueError, match="the name new is given twice"):
+        compare(tmp_path, f"base={a}", f"new={b}", f"new={a}")
+    for again in (a, f"{a}/samples.jsonl", tmp_path / "link", f"{tmp_path}/[a]"):
+        with pytest.raises(ValueError, match="is given twice"):
+            compare(tmp_path, f"base={b}", f"new={a},{again}")
+        with pytest.raises(ValueError, match="is given twice"):
+            compare(tmp_path, f"base={a}", f"new={b},{again}")
+
+
+def test_a_comparison_says_what_differs_besides_the_models(tmp_path, capsys):
+    base = dict(max_response=512, temperature=0.2, n=2, template="auto", weights="a", grader="2 with x")
+    arms = {
+        "same": {"weights": "b"}, "old": {"max_tokens": 99}, "hot": {"temperature": 1.0}, "template": {"template": "plain"},
+        "graded": {"grader": "1 with x"}, "again": {"weights": "b"},
+    }  # fmt: skip
+    folders = {"base": make_evaluation(tmp_path / "base", 0, **base)}
+    for i, (name, changes) in enumerate(arms.items()):
+        folders[name] = make_evaluation(tmp_path / name, i, **base | changes)
+    compare(tmp_path, f"base={folders['base']}", f"new={folders['same']}")
+    assert "warning" not in capsys.readouterr().out
+    for name, warning in (
+        ("old", "max_response 512 (base), 99 (new)"), ("hot", "temperature 0.2 (base), 1.0 (new)"), ("template", "auto (base), plain (new)"),
+    ):  # fmt: skip
+        compare(tmp_path, f"base={folders['base']}", f"new={folders[name]}")
+        line = next(
+            line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: they differ in more")
+        )
+        assert warning in line
+        with pytest.raises(ValueError, match="runs of new differ in"):
+            compare(tmp_path, f"base={folders['base']}", f"new={folders['same']},{folders[name]}")
+    with pytest.raises(ValueError, match="grader 2 with x .base., 1 with x .new.: .*--regrade"):
+        compare(tmp_path, f"base={folders['base']}", f"new={folders['graded']}")
+    compare(tmp_path, f"base={folders['base']}", f"new={folders['same']},{folders['again']}")
+    assert "runs of new have the same weights, and count as different training seeds" in capsys.readouterr().out
+
+
+def test_a_regraded_evaluation_keeps_its_settings(tmp_path, fake, capsys):
+    evaluate.main(make_config(tmp_path, temperature=0.5))
+    evaluate.main(EvalConfig(regrade=str(tmp_path / "out"), k=2))
+    old, new = (statistics.read_identity(tmp_path / name) for name in ("out", "out/regraded"))
+    assert new == old | {"regraded": str(tmp_path / "out")} and new["temperature"] == 0.5 and new["grader"]
 
 
 def test_no_model_and_no_finished_run_is_one_clear_line(tmp_path, monkeypatch):
