@@ -164,9 +164,9 @@ def read_rows(name, is_training) -> list[tuple[int, dict]]:
         repository, configuration, usual_split = HUB.get(base, (base, None, ""))
         try:
             splits = datasets.load_dataset(repository, configuration)
-        except (OSError, ValueError) as error:  # no such dataset, or no network
+        except Exception as error:  # of many kinds: no such dataset, no network, a script, files with unlike columns
             raise ValueError(
-                f"{base} is no file ({', '.join(FILE_FORMATS)}), and the hub says: {one_line(error)}"
+                f"{base} is no file ({', '.join(FILE_FORMATS)}), and the hub says: {one_line(error.__cause__ or error)}"
             ) from error
         return numbered_rows(splits[choose_split(base, list(splits), split or usual_split, is_training)])
     if split or not Path(base).is_file():
@@ -177,7 +177,11 @@ def read_rows(name, is_training) -> list[tuple[int, dict]]:
         if format == "csv":  # datasets would make numbers of ids and answers: 1 of 01
             rows = pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
             return list(enumerate(rows, 1))
-        return numbered_rows(datasets.load_dataset(format, data_files=name, split="train"))
+        # The configuration's name is part of the cache's: datasets itself knows a file by its path and time alone, and a copy
+        # that keeps times (rsync -t, an image's files) would get the rows of the file that it replaced.
+        with open(name, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        return numbered_rows(datasets.load_dataset(format, content, data_files=name, split="train"))
     except OSError as error:
         hint = "If that is the cache of datasets, set HF_HOME to a folder that can be written to"
         raise ValueError(f"{name}: {one_line(error)}. {hint}") from error

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 
 import pytest
@@ -288,6 +289,32 @@ def test_a_home_that_cannot_be_written_names_the_variable_to_set(tmp_path, monke
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
     with pytest.raises(ValueError, match="a.parquet: .*set HF_HOME to a folder that can be written to"):
         data.load(str(tmp_path / "a.parquet"))
+
+
+def test_a_file_that_was_replaced_is_read_anew_even_if_its_time_was_kept(tmp_path):
+    """huggingface/datasets#2956: its cache knows a file by its path and time; rsync -t and container images keep times."""
+    import pandas
+
+    file = tmp_path / "a.parquet"
+    for question in ("old", "new"):
+        pandas.DataFrame({"problem": [question], "answer": ["1"]}).to_parquet(file)
+        os.utime(file, (1, 1))
+        assert data.load(str(file))[0].prompt == question
+
+
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"set.py": "x = 1"}, "Dataset scripts are no longer supported"),
+        ({"a.jsonl": '{"problem": "1"}\n', "b.jsonl": '{"question": "1"}\n'}, "column names don.t match"),
+    ],
+)
+def test_a_dataset_that_datasets_refuses_is_one_line(pair, tmp_path, files, message):
+    """huggingface/datasets#7693 (RuntimeError); DatasetGenerationError, whose cause says what is wrong."""
+    (tmp_path / "set").mkdir()
+    for name, text in files.items():
+        (tmp_path / "set" / name).write_text(text)
+    refused(flags(pair, tmp_path / "out", data=tmp_path / "set"), f"train.py: .*set is no file .*{message}")
 
 
 def test_two_problems_with_one_id_are_refused_in_training_and_in_evaluation(pair, tmp_path):
