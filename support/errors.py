@@ -70,7 +70,7 @@ def keep_traceback(error) -> str:
     if traceback_folder:
         path = traceback_folder / f"error-{rank()}.log"
         with suppress(OSError):  # such as a full disk, which may be the error itself
-            with path.open("a") as file:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S} {' '.join(sys.argv)}\n{text}\n")
             return f"in {path}"
     print(text, file=sys.stderr, flush=True)

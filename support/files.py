@@ -22,7 +22,7 @@ FINAL = "final"  # the student, a Hugging Face folder
 def write_file(path: Path, text: str):
     """Replaces a file as a whole: a process that dies, or a power cut, leaves the old text or the new one."""
     tmp = path.with_name(path.name + ".tmp")
-    with tmp.open("w") as file:
+    with tmp.open("w", encoding="utf-8") as file:  # not in the locale's, which may lack a character
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -56,8 +56,9 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def append_jsonl(path: Path, rows):
     """Appends rows, ASCII only (a lone surrogate is escaped), and flushes them to the disk."""
-    with path.open("ab", buffering=0) as file:
+    with path.open("ab") as file:  # buffered: a raw write to a disk that becomes full may take a part without an error
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        file.flush()
         os.fsync(file.fileno())
 
 
