@@ -202,12 +202,17 @@ def save_shard(folder, shard, where):
 
 
 def optimizer_tensors(policy, optimizer):
-    """(the optimizer's state dict, {name: tensor} of its tensors), sharded as they are."""
-    is_fresh = not optimizer.state
+    """(the optimizer's state dict, {name: tensor} of its tensors), sharded as they are.
+
+    A trained parameter that has no state yet gets the one before its first step: all of a fresh optimizer, which is loaded into,
+    and what no gradient has reached, such as the indexer of DeepSeek-V3.2. Both sides of a resume then have the same names.
+    """
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.requires_grad and not optimizer.state[p]:
+                step = torch.zeros((), device=p.device if group["fused"] else "cpu")
+                optimizer.state[p] |= {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     state_dict = get_optimizer_state_dict(policy, optimizer, options=FLAT)
-    if is_fresh:  # get_optimizer_state_dict has initialised AdamW with a dummy step, which must not count
-        for state in optimizer.state.values():
-            state["step"].zero_()
     return state_dict, {name: x for name, x in state_dict.items() if isinstance(x, torch.Tensor)}
 
 

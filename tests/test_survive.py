@@ -34,6 +34,7 @@ from helpers import (
     run,
     same,
     start,
+    start_child,
     steps_of,
 )
 from safetensors.torch import load_file
@@ -46,6 +47,7 @@ from configs import TOPK_LOSSES, TrainConfig, parse
 from rollout import Rollout
 from support import checkpoint, common, toy
 from support.common import StopSignal
+from support.files import append_jsonl, read_jsonl
 
 checkpoint.FILE_BYTES = 50_000  # several files a checkpoint
 OPTIONS = dict(steps=5, save_every=1, keep=9, eval_every=3, eval_problems=2, k=1, schedule="constant")
@@ -216,6 +218,50 @@ def test_full_disk_is_one_line_and_the_last_checkpoint_goes_on(pair, straight, t
     )
     assert checkpoint.latest(out).name == "step-2" and not list(out.glob("*.tmp"))
     assert finished(argv) == 0 and same(out, straight)
+
+
+def test_a_row_that_the_disk_takes_a_part_of_is_an_error(tmp_path):
+    """can1357/oh-my-pi#8596: the write returns a smaller number, and the next row is joined to the torn one."""
+
+    def child():
+        append_jsonl(tmp_path / "rows", [{"step": 1}])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))
+        with pytest.raises(OSError):
+            append_jsonl(tmp_path / "rows", [{"step": 2}])
+
+    assert join([start_child(child)]) == 0
+    assert read_jsonl(tmp_path / "rows") == [{"step": 1}]
+
+
+WRITE = r"import sys, pathlib; from support.files import write_file; write_file(pathlib.Path(sys.argv[1]), '\u2264')"
+
+
+def test_files_do_not_depend_on_the_locale(tmp_path):
+    """huggingface/huggingface_hub#4810: the model card quotes a prompt; the locale of a job may be ASCII or Latin-1."""
+    env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", WRITE, tmp_path / "card"], cwd=ROOT, env=env, check=True)
+    assert (tmp_path / "card").read_text(encoding="utf-8") == "\u2264"
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_parameters_that_no_gradient_reaches_do_not_stop_a_resume(tmp_path, fused):
+    """PrimeIntellect-ai/prime-rl#2800: torch leaves them out of a checkpoint, and insists on them when it loads one."""
+
+    def make():
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 3), "unused": torch.nn.Linear(3, 3)})
+        return model, torch.optim.AdamW(model.parameters(), fused=fused)
+
+    model, optimizer = make()
+    model["used"](torch.ones(3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert checkpoint.save_optimizer(tmp_path / "optimizer", model, optimizer) is None
+    again, fresh = make()
+    checkpoint.restore_optimizer(tmp_path, again, fresh)
+    for (name, ours), theirs in zip(again.named_parameters(), model.parameters(), strict=True):
+        assert fresh.state[ours]["step"] == name.startswith("used")
+        for key, x in optimizer.state[theirs].items():
+            assert torch.equal(fresh.state[ours][key], x)
 
 
 @pytest.mark.parametrize("keep", [1, 2])
