@@ -377,7 +377,7 @@ def setup(cfg) -> Run:
     print0(report.start_table(cfg, start, device, chosen_sampler, tokenizer, vocabulary, train_prompts, held_out))
 
     losses.FUSED = uses_compile(cfg)
-    teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device)
+    teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device, train_prompts)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
@@ -413,10 +413,26 @@ def check_sizes(cfg, paths, vocabulary):
         raise ValueError(f"--topk {cfg.topk} is more than the shared vocabulary of {vocabulary.size}")
 
 
-def load_teacher(cfg, paths, tokenizer, vocabulary, device):
-    if cfg.teacher_url:
-        return ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
-    return LocalTeacher(load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False), cfg, device)
+def load_teacher(cfg, paths, tokenizer, vocabulary, device, train_prompts):
+    """ValueError if a server's scores of a prompt and its answer are wrong. Compares them with those of --teacher, if a folder."""
+    if not cfg.teacher_url:
+        return LocalTeacher(load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False), cfg, device)
+    server = ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
+    problem, prompt = train_prompts.prompts[0]
+    answer = tokenizer(f"\\boxed{{{problem.answer}}}", add_special_tokens=False)["input_ids"] + vocabulary.stop_ids[:1]
+    answer = answer[: cfg.max_response]
+    server.check_scores(prompt + answer)
+    if Path(cfg.teacher).is_dir():
+        local = LocalTeacher(load_policy(cfg.teacher, cfg, vocabulary, device, trainable=False), cfg, device)
+        batch = data.collate([rollout.Rollout(prompt, answer, [0.0] * len(answer), "stop")], cfg, vocabulary, device)
+        logq = [teacher.targets([batch])[0]["logq_sampled"].cpu() for teacher in (server, local)]
+        far = (logq[0] - logq[1]).abs()
+        sizes = f"differ by {far.mean():.2g} nats on average and {far.max():.2g} at most, on {len(answer)} tokens"
+        serves_another = far.mean() > OUT_OF_STEP["cuda"]
+        print0(
+            f"{'warning: ' if serves_another else ''}the log-probs of {cfg.teacher_url} and of {cfg.teacher} {sizes}"
+        )
+    return server
 
 
 def evaluate_student(run, cfg) -> dict:

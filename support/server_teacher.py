@@ -1,10 +1,12 @@
 """A teacher on another machine: a vLLM server that scores prompts.
 
 vllm serve MODEL --max-logprobs 32                          # there
+python train.py ... --teacher_url http://HOST:8000/v1       # here, which makes
 teacher = ServerTeacher("http://HOST:8000/v1", cfg, tokenizer, vocabulary)
 targets = teacher.targets(batches)                          # as LocalTeacher's (policy.py), one dictionary per micro-batch
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -29,7 +31,7 @@ class ServerTeacher:
         from urllib3.util import Retry
 
         self.url = url.rstrip("/").removesuffix("/v1")
-        self.vocabulary = vocabulary
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.k = cfg.topk if cfg.loss in TOPK_LOSSES else 0
         self.session = requests.Session()
         # read=1: a request that timed out after TIMEOUT is asked only once more
@@ -47,22 +49,33 @@ class ServerTeacher:
             raise ValueError(
                 f"--teacher_url: {self.model} takes {context} tokens there; prompt, response and one more are {needed}"
             )
-        self.check_vocabulary(tokenizer)
+        self.check_vocabulary()
         self.score([0, vocabulary.size - 1])  # if an id or the number of log-probs is too large, the server says so
 
-    def check_vocabulary(self, tokenizer):
+    def check_vocabulary(self):
         """Every 50th id, and all that were added to the tokenizer, must be the same text to both."""
-        ids = sorted(
-            {*range(0, self.vocabulary.size, 50), *tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-        )
+        added = self.tokenizer.all_special_ids, self.tokenizer.get_added_vocab().values()
+        ids = sorted(set(range(0, self.vocabulary.size, 50)).union(*added))
         theirs = self.ask("POST", "/detokenize", {"model": self.model, "tokens": ids}, field="prompt")
-        ours = tokenizer.decode(ids)
+        ours = self.tokenizer.decode(ids)
         if theirs != ours:
             at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), 0)
             raise ValueError(
                 f"--teacher_url: the vocabularies differ; the same ids are {ours[at : at + 20]!r} for the student "
                 f"and {theirs[at : at + 20]!r} for {self.model}"
             )
+
+    def check_scores(self, ids):
+        """ValueError unless the log-probs and ranks that the server gives these tokens are those of one distribution."""
+        k = self.k or 1
+        for token, row in zip(ids[1:], self.prompt_logprobs(ids, k)[1:], strict=True):
+            by_rank = [x["logprob"] for x in sorted(row.values(), key=lambda x: x["rank"])]
+            total = sum(map(math.exp, by_rank))
+            text = f"--teacher_url: {self.model} gives {self.tokenizer.decode([token])!r} ({token})"
+            if not total <= 1.001:  # NaN, too
+                raise ValueError(f"{text} and its top {k} a probability of {total:.4g} together")
+            if any(worse > better + 1e-3 for better, worse in zip(by_rank, by_rank[1:], strict=False)):
+                raise ValueError(f"{text} a rank that its log-probs contradict: {row}")
 
     def ask(self, method, path, body=None, *, field):
         """This field of the server's answer. OSError if it is empty or missing, as in that of a server other than vLLM's."""
@@ -83,15 +96,29 @@ class ServerTeacher:
     def lacks(self, field, path):
         return OSError(f"--teacher_url: {self.url}{path} gives no {field}, as vLLM's server does")
 
+    def prompt_logprobs(self, ids, k) -> list[dict | None]:
+        """{id: {"logprob", "rank"}} of each token and of the k most likely in its place; None for the first token."""
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": k}
+        rows = self.ask("POST", "/v1/completions", body, field="choices")[0].get("prompt_logprobs")
+        if rows is None:
+            raise self.lacks("prompt_logprobs", "/v1/completions")
+        if len(rows) != len(ids):
+            counts = f"{len(rows)} tokens where {len(ids)} were sent"
+            raise ValueError(
+                f"--teacher_url: {self.model} scores {counts}; it must add none, such as BOS, nor leave any out"
+            )
+        for i, (token, row) in enumerate(zip(ids[1:], rows[1:], strict=True), 1):
+            if str(token) not in row:
+                text, named = self.tokenizer.decode([token]), self.tokenizer.decode([int(other) for other in row])
+                raise ValueError(f"--teacher_url: {self.model} scores {named!r} as token {i}, where {text!r} was sent")
+        return rows
+
     def score(self, ids, start=1):
         """(log-probs of ids[start:], the k most likely tokens in their places: [[(log-prob, id), ...], ...]).
 
         Of a merged outcome only the tokens that the server names are counted: any other is less likely than its top-k.
         """
-        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
-        rows = self.ask("POST", "/v1/completions", body, field="choices")[0].get("prompt_logprobs")
-        if rows is None:
-            raise self.lacks("prompt_logprobs", "/v1/completions")
+        rows = self.prompt_logprobs(ids, self.k)
         merged, logp, top = self.vocabulary.merged, [], []
         for token, row in zip(ids[start:], rows[start:], strict=True):
             # The sampled token is named even if it is not in the top-k; ids that only pad the teacher's embedding may be.

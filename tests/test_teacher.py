@@ -29,6 +29,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.context, self.limit, self.failures, self.dies_after, self.asked = 512, 20, 0, 10**9, 0
         self.lacks = {}  # {path: what it answers instead, as a server that is not vLLM}
+        self.alter = lambda rows: rows
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @torch.no_grad()
@@ -54,7 +55,7 @@ class Server(ThreadingHTTPServer):
             order = logp.argsort(descending=True).tolist()
             chosen = {token, *order[:k]}
             rows.append({str(i): {"logprob": logp[i].item(), "rank": order.index(i) + 1} for i in chosen})
-        return 200, {"choices": [{"prompt_logprobs": rows}]}
+        return 200, {"choices": [{"prompt_logprobs": self.alter(rows)}]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -182,12 +183,43 @@ def test_a_run_whose_setup_failed_can_be_started_again_as_it_stands(pair, server
     refused(flags(pair, tmp_path / "run", teacher_url=server.url), "already holds a run")
 
 
+def changed(rows, change):
+    return [row and {i: x | change(x) for i, x in row.items()} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "alter, message",
+    [
+        (lambda rows: [None, {"1": {"logprob": -1.0, "rank": 1}}, *rows[1:]], "scores 3 tokens where 2 were sent; it must add none, such as BOS"),
+        (lambda rows: [None, *rows[2:], rows[1]], "scores '.+' as token [0-9]+, where '.+' was sent"),
+        (lambda rows: changed(rows, lambda x: {"logprob": x["logprob"] / 4}), r"gives '.+' \([0-9]+\) and its top 4 a probability of [1-9]"),
+        (lambda rows: changed(rows, lambda x: {"logprob": float("nan")}), "and its top 4 a probability of nan"),
+        (lambda rows: changed(rows, lambda x: {"rank": 50 - x["rank"]}), "a rank that its log-probs contradict"),
+    ],
+)  # fmt: skip
+def test_a_server_whose_scores_of_one_answer_are_wrong_is_one_line_before_the_student_loads(
+    pair, server, tmp_path, monkeypatch, alter, message
+):
+    monkeypatch.setattr(train, "load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    server.alter = alter
+    refused(flags(pair, tmp_path / "a", teacher_url=server.url, loss="lsm"), "--teacher_url: the-teacher.*" + message)
+
+
+def test_a_server_is_compared_with_the_local_copy_of_its_model(pair, server, tmp_path, capsys):
+    for name, teacher in (("a", pair[0]), ("b", pair[1])):
+        run((teacher, pair[1]), tmp_path / name, teacher_url=server.url, steps=1)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "the log-probs of http" in line]
+    differences = [float(re.search("differ by (.*) nats on average", line)[1]) for line in lines]
+    assert differences[0] < 1e-5 < 0.1 < differences[1]
+    assert [line.startswith("warning: ") for line in lines] == [False, True]
+
+
 def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, server, tmp_path, monkeypatch):
     """Nothing is lost: the steps before are saved, though no checkpoint was due."""
     monkeypatch.setattr(server_teacher, "RETRIES", 1)
     options = dict(loss="lsm", steps=4, teacher_url=server.url)
     _, straight = run(pair, tmp_path / "a", **options)
-    server.dies_after = server.asked + 3 + 2 * 6  # the three checks, and two steps of six rollouts
+    server.dies_after = server.asked + 5 + 2 * 6  # the three checks, an answer twice, and two steps of six rollouts
     with pytest.raises(SystemExit, match="--teacher_url: no answer"):
         run(pair, tmp_path / "b", **options)
     assert checkpoint.latest(tmp_path / "b").name == "step-2"
