@@ -47,7 +47,7 @@ from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in,
 from support.files import append_jsonl, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
-from support.statistics import read_identity, read_rows, summary
+from support.statistics import read_rows, summary
 from support.vocabulary import load_tokenizer, pretrained
 
 # Flags that change no sample, so that a folder may be used again with another value
@@ -308,7 +308,7 @@ def regrade(cfg):
     out = Path(cfg.out or folder / "regraded")
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(out / "samples.jsonl", fresh)
-    finish(cfg, fresh, out, folder.name, read_identity(source) | {"regraded": str(source)})
+    finish(cfg, fresh, out, folder.name, report.read_identity(source) | {"regraded": str(source)})
 
 
 @errors_in_one_line("evaluate.py")

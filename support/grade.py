@@ -13,7 +13,7 @@ The verdict is math-verify's, with these exceptions. Right, because everyone rea
     3+4i, \log_2 8, 12.5% for 12.5  its i is a variable, its \log_2 8 is not 3, and its 12.5% is 0.125 only
     a column vector for a tuple     math-verify takes it for a matrix
     (B) 12 for (B), and for 12      multiple choice: the gold answer says whether the letter or the value counts
-    3:30 p.m., 5 (mod 7), P(1,2)    for 3:30, 5 and (1,2), which leave the rest to the question
+    3:30 p.m., 5 (mod 7), P(1,2)    for 3:30, 5 and (1,2)
     90°, ½, ５, 3 1/2, 1e3, €18, 18 dollars, "The answer is 42", and the rest of REWRITES: math-verify cannot read them
 Wrong, because nobody does:
     1,2 or \{1,2\} for (1,2)        a list has no order. (1,2) for 1,2 stays right, and so does x=1,y=2 for (1,2)
@@ -167,20 +167,12 @@ SPACE = r"(?:\s|\\[ ,;:!])*"
 UNIT = rf"(?:(?=\s+\w{{3}}|\s*/\s*\w{{3}})[\s/]*{NOUN}|\s*(?:[ckm]m|km/h|[km]g|m[lL]|ft|in|yd|lb|oz|m/s))(?![A-Za-z])"
 MORE_UNITS = rf"(?:\^\{{?\d\}}?|[\s/-]+(?:a|{NOUN})(?![A-Za-z]))*"
 POWERS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-BASES = dict(
-    zip("two three four five six seven eight nine ten twelve sixteen".split(), [*range(2, 11), 12, 16], strict=True)
-)
+NUMERALS = "zero one two three four five six seven eight nine ten".split()  # of bases
 FUNCTIONS = "log|ln|exp|(?:arc)?(?:sin|cos|tan)|cot|sec|csc"
 
 
-# 0.1\overline{6}, 0.1(6) and 0.1666...
-REPEATING_DECIMAL = (
-    r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\)$|(\d{1,9}?)\5{2,}(?:\\[lc]?dots|\.{3}))"
-)
-
-
 def as_fraction(match):
-    r"""0.1\overline{6} as 16 - 1 over 90."""
+    r"""0.1\overline{6}, 0.1(6) or 0.1666... as 16 - 1 over 90."""
     whole, start, *periods = match.groups("")
     period = max(periods)  # the others are empty
     numerator = int(whole + start + period) - int("0" + whole + start)
@@ -189,17 +181,14 @@ def as_fraction(match):
 
 # Applied in this order: (pattern, replacement, example, what becomes of it).
 REWRITES = [
-    (REPEATING_DECIMAL, as_fraction, r"0.1\overline{6}", r"\frac{15}{90}"),
-    (r"^\\(?:bf|rm|displaystyle|[lL]arge|color\s*\{\w+\})(?![A-Za-z])|(?:[\s.,;:]|\\[,;:!\s]|\\+$|\\q?quad|\\checkmark)+$", "",
-        r"\bf 70.\ ", "70"),
+    (r"(\d*)\.(\d*?)(?:\\(?:overline|bar|dot)\s*\{?(\d+)\}?|\((\d+)\)$|(\d{1,9}?)\5{2,}(?:\\[lc]?dots|\.{3}))", as_fraction, r"0.1\overline{6}", r"\frac{15}{90}"),
+    (r"^\\(?:bf|rm|displaystyle|[lL]arge|color\s*\{\w+\})(?![A-Za-z])|(?:[\s.,;:]|\\[,;:!\s]|\\+$|\\q?quad|\\checkmark)+$", "", r"\bf 70.\ ", "70"),
     (r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])(?:\.(?!\d))?", "", r"\left(1,2\right)", "(1,2)"),
     (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", "√(2)", r"\sqrt{2}"),
     (r"(?<!frac)\\sqrt\s*(\d{2,})", r"\\sqrt{\1}", "3√13", r"3\sqrt{13}"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi ", "2pi/3", r"2\pi /3"),
-    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?=[\s_(\d])(\d+(?=\())?", lambda m: rf"\{m[1]}" + (f"_{{{m[2]}}}" if m[2] else ""),
-        "log2(8)", r"\log_{2}(8)"),
-    (rf"(\\(?:{FUNCTIONS})\s*[({{]?\s*)(\d+(?:\.\d+)?)\s*\^\s*\{{?\s*\\circ\s*\}}?", r"\1{\\frac{\2\\pi}{180}}",
-        r"\sin 30^\circ", r"\sin {\frac{30\pi}{180}}"),
+    (rf"(?<![A-Za-z\\])({FUNCTIONS})(?=[\s_(\d])(\d+(?=\())?", lambda m: rf"\{m[1]}" + (f"_{{{m[2]}}}" if m[2] else ""), "log2(8)", r"\log_{2}(8)"),
+    (rf"(\\(?:{FUNCTIONS})\s*[({{]?\s*)(\d+(?:\.\d+)?)\s*\^\s*\{{?\s*\\circ\s*\}}?", r"\1{\\frac{\2\\pi}{180}}", r"\sin 30^\circ", r"\sin {\frac{30\pi}{180}}"),
     (rf"(?<!\\)({TEXT})?((?:negative|minus)\s+)?\binf(?:inity)?\b(?(1)\s*\}})", lambda m: ("-" if m[2] else "") + r"\infty ",
         r"\text{negative infinity}", r"-\infty"),
     (r"\\(?:mathrm|text|mathit)\s*\{\s*([ie])\s*\}|\\([ij])math(?![a-z])", r"\1\2", r"3+4\mathrm{i}", "3+4i"),
@@ -219,8 +208,7 @@ REWRITES = [
     (r"^(?:USD|EUR|GBP|Rs\.?)\s*(?=\d)|(?:\bUS)?\\?[$€£¥₹¢]|\\text\s*\{\s*[€£¥₹]\s*\}", "", "€18", "18"),
     (r"(?<=\d)(?:\s*\^?\s*\{?\\(?:circ|degree)\s*\}?\s*[CF]?|\^o)$", r"^\\circ", r"20^\circ C", r"20^\circ"),
     (rf"(?<=\d)\s*\^?\s*(\{{)?\s*({TEXT})?(?:st|nd|rd|th)(?![A-Za-z])(?(2)\s*\}})(?(1)\s*\}})", "", r"7^{\text{th}}", "7"),
-    (rf"(?<=[\d}}]){SPACE}({TEXT})?({'|'.join(POWERS)})s?\b(?(1)[^{{}}]*\}})", lambda m: rf"\times 10^{{{POWERS[m[2]]}}}",
-        r"5\text{ million}", r"5\times 10^{6}"),
+    (rf"(?<=[\d}}]){SPACE}({TEXT})?({'|'.join(POWERS)})s?\b(?(1)[^{{}}]*\}})", lambda m: rf"\times 10^{{{POWERS[m[2]]}}}", r"5\text{ million}", r"5\times 10^{6}"),
     (rf"(?:(?<=[\d}}])|(?<=\\pi)){UNIT}{MORE_UNITS}$", "", "18 dollars a day", "18"),
     (r"\\text\w*\s*\{(\s*or\s+[^{}]*\w[^{}]*)\}", r"\1", r"5\text{ or more}", "5 or more"),
     (rf"{SPACE}(?=\\?%)", "", r"12.5\,\%", r"12.5\%"),
@@ -232,8 +220,8 @@ REWRITES = [
     (r"(?<=\d)(?:,\\!|\{,\}|\\text\s*\{,\}|\\[,;: ]| )\s*(?=\d{3}(?!\d))", "", r"1\,024", "1024"),
     (rf"^(?:\(|{TEXT})(\d+)[)}}](?=_)", r"\1", "(11)_2", "11 u_{2}"),
     (rf"(?<=\d)\s*({TEXT})?(\()?(?:in )?base[\s-]*(?(1)\}}?)\s*(\d+)(?(2)\))(?(1)\}}?)$", r"_{\3}", r"11\text{ (base 2)}", "11 u_{2}"),
-    (rf"(?<=\d)(?<!log_\d)_\s*(\{{)?\s*({TEXT})?\(?(?!10\b)(\d+|{'|'.join(BASES)})\)?(?(2)\s*\}})(?(1)\s*\}})",
-        lambda m: f" u_{{{BASES.get(m[3], m[3])}}}", "11_2", "11 u_{2}"),
+    (rf"(?<=\d)(?<!log_\d)_\s*(\{{)?\s*({TEXT})?\(?(?!10\b)(\d+|{'|'.join(NUMERALS[2:])})\)?(?(2)\s*\}})(?(1)\s*\}})",
+        lambda m: f" u_{{{NUMERALS.index(m[3]) if m[3] in NUMERALS else m[3]}}}", "11_2", "11 u_{2}"),
     (r"\^(-\d+)", r"^{\1}", "10^-3", "10^{-3}"),
     (r"^([^()\[\]]*)[)\]]$", r"\1", "5)", "5"),
     (r"^(?:\+|-(?=[0.]+$))?(-?)0*([0-9]+)(?:\.0*)?$", r"\1\2", "070.0", "70"),
@@ -330,7 +318,7 @@ def reason_at_sight(answer: str | None, gold: str) -> str | None:
 
 
 SELF_TEST = [(r"\frac{1}{2}", "0.5", "equal"), ("x+1", "1+x", "equal"), ("x+2", "1+x", "different")]
-LIMITS = {"core files": resource.RLIMIT_CORE, "memory": resource.RLIMIT_AS, "CPU time": resource.RLIMIT_CPU}
+LIMITS = {"RLIMIT_CORE": 0, "RLIMIT_AS": MEMORY, "RLIMIT_CPU": 60}  # the last one is for the start
 
 
 def serve(seconds: int):
@@ -340,9 +328,8 @@ def serve(seconds: int):
     replies = os.fdopen(os.dup(1), "w")
     for stream in (1, 2):  # math-verify and ANTLR print complaints
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    amounts = {"core files": 0, "memory": MEMORY, "CPU time": 60}
-    refused = [name for name, amount in amounts.items() if not set_limit(LIMITS[name], amount)]
-    state = "ready, but without a limit of " + " and ".join(refused) if refused else "ready"
+    refused = [name for name, amount in LIMITS.items() if not set_limit(name, amount)]
+    state = f"ready, but this system refuses to set {' and '.join(refused)}" if refused else "ready"
     try:
         wrong = [pair for *pair, reason in SELF_TEST if reason_by_algebra(*pair) != reason]
         state = f"its verdict on {wrong[0]} is wrong" if wrong else state
@@ -350,18 +337,18 @@ def serve(seconds: int):
         state = repr(error)
     print(state, file=replies, flush=True)
     for line in sys.stdin:
-        set_limit(resource.RLIMIT_CPU, int(time.process_time()) + seconds + 1)
+        set_limit("RLIMIT_CPU", int(time.process_time()) + seconds + 1)
         print(reason_by_algebra(*json.loads(line)), file=replies, flush=True)
 
 
-def set_limit(kind, amount) -> bool:
+def set_limit(name, amount) -> bool:
     """Limits this process to the amount, or to the system's own limit if that is less. False if it refuses, as macOS does."""
+    kind = getattr(resource, name)
     hard = resource.getrlimit(kind)[1]
-    try:
+    with suppress(ValueError, OSError):
         resource.setrlimit(kind, (amount if hard == resource.RLIM_INFINITY else min(amount, hard), hard))
-    except (ValueError, OSError):
-        return False
-    return True
+        return True
+    return False
 
 
 def reason_by_algebra(answer: str, gold: str) -> str:
@@ -430,10 +417,7 @@ def solution_set(reading):
     return reading
 
 
-@functools.cache
-def warn_once(state):
-    if state != "ready":
-        print(f"warning: the grader is {state}", file=sys.stderr, flush=True)
+warn_once = functools.cache(functools.partial(print, file=sys.stderr, flush=True))
 
 
 class Grader:
@@ -486,8 +470,9 @@ class Grader:
         state = worker.stdout.readline().decode().strip() if ready else "its worker does not start within 300 s"
         if not state.startswith("ready"):
             self._end(worker)
-            raise ValueError(f"the grader does not work here: {state or f'its worker crashes ({worker.returncode})'}")
-        warn_once(state)
+            raise ValueError(f"the grader does not work here: {state or 'its worker crashes'}")
+        if state != "ready":
+            warn_once(f"warning: the grader is {state}")
         return worker
 
     def _end(self, worker):

@@ -1,6 +1,7 @@
 """What evaluations and runs say of themselves: tables of pass@k and of comparisons, a run's first and last words, its card."""
 
 import glob
+import json
 import math
 import re
 from dataclasses import asdict
@@ -12,16 +13,7 @@ from configs import BENCHMARKS, OLD_NAMES, TOPK_LOSSES, command_line
 from support.common import versions, world_size
 from support.files import EVALUATIONS, FINAL, METRICS, read_jsonl, write_file
 from support.plot import plot_pass_at_k
-from support.statistics import (
-    MEAN,
-    curves_of_runs,
-    paired,
-    read_identity,
-    read_rows,
-    rows_by_benchmark,
-    shared_benchmarks,
-    summary,
-)
+from support.statistics import MEAN, curves_of_runs, paired, read_rows, rows_by_benchmark, shared_benchmarks, summary
 
 PAPER = {  # arXiv 2606.24084: pass@8 in %, on BENCHMARKS in this order; one seed each
     "base student": (77.2, 13.3, 10.0, 60.0),
@@ -124,38 +116,39 @@ def comparison(variants: dict, k: int) -> str:
     return format_columns(["variant", "", "%", "variant", baseline, "difference", "p"], body)
 
 
+def read_identity(path: Path) -> dict:
+    """What an evaluation's samples depend on, and what graded them: {setting: value}; empty if nothing beside them says so."""
+    folder = path if path.is_dir() else path.parent
+    files = [folder / name for name in ("identity.json", "results.json")]
+    identity, results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
+    return {OLD_NAMES.get(name, name): x for name, x in (identity | results.get("identity", {})).items()}
+
+
 def differing_settings(identities: dict) -> list[str]:
     """Warnings for what differs besides the models. identities: {variant: what read_identity says of each run}.
 
     ValueError if runs of one variant differ in a setting, or if different graders gave the verdicts.
     """
-    warnings, differing = [], []
+    warnings = []
     for name, runs in identities.items():
         weights = [identity["weights"] for identity in runs if identity.get("weights")]
         if len(set(weights)) < len(weights):
             warnings.append(f"warning: runs of {name} have the same weights, and count as different training seeds")
     for setting in ("grader", "max_response", "temperature", "top_p", "sample_top_k", "n", "template", "template_args"):
-        values = {}  # {value: names of the variants that have it}
-        for name, runs in identities.items():
-            known = [{OLD_NAMES.get(key, key): x for key, x in identity.items()} for identity in runs if identity]
-            of_variant = dict.fromkeys(identity.get(setting) for identity in known)
-            if len(of_variant) > 1:
-                raise ValueError(f"--compare: runs of {name} differ in {setting}: {' and '.join(map(str, of_variant))}")
-            for value in of_variant:
-                values.setdefault(value, []).append(name)
-        text = f"{setting} " + ", ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
-        if len(values) > 1 and setting == "grader":
-            raise ValueError(f"--compare: {text}: python evaluate.py --regrade FOLDER grades each with this one")
-        if len(values) > 1:
-            differing.append(text)
-    if differing:
-        warnings.append(f"warning: they differ in more than the model: {'; '.join(differing)}")
+        found = {name: {str(run.get(setting)) for run in runs if run} for name, runs in identities.items()}
+        text = f"{setting} " + ", ".join(f"{' and '.join(sorted(values))} ({name})" for name, values in found.items())
+        if max(map(len, found.values())) > 1:
+            raise ValueError(f"--compare: runs of one variant have different settings: {text}")
+        if len(set().union(*found.values())) > 1:
+            if setting == "grader":
+                raise ValueError(f"--compare: {text}: evaluate.py --regrade FOLDER grades an evaluation with this one")
+            warnings.append(f"warning: they differ in more than the model: {text}")
     return warnings
 
 
 def compare(cfg):
     """evaluate.py --compare: prints the tables, and writes pass_at_k.png into --out."""
-    variants, identities, seen = {}, {}, set()
+    variants, identities, seen = {}, {}, []
     for argument in cfg.compare:  # NAME=A,B,C or A,B,C: runs of one variant, each a folder, a file or a glob pattern
         name, equals, paths = argument.partition("=")
         if not equals or "/" in name:  # a path may have an = of its own
@@ -164,19 +157,15 @@ def compare(cfg):
         for path in paths.split(","):
             files += sorted(glob.glob(path)) or [path]  # if nothing matches, read_rows names the path in its error
         name = name or paths
-        if name in variants:
-            raise ValueError(f"--compare: the name {name} is given twice; seeds of one variant are NAME=A,B,C")
-        for file in files:
-            samples = (Path(file) / "samples.jsonl" if Path(file).is_dir() else Path(file)).resolve()
-            if samples in seen:
-                raise ValueError(f"--compare: {file} is given twice")
-            seen.add(samples)
+        samples = [(Path(file) / "samples.jsonl" if Path(file).is_dir() else Path(file)).resolve() for file in files]
+        if name in variants or len({*seen, *samples}) < len(seen) + len(samples):
+            raise ValueError(f"--compare: the name {name} or one of its runs is given twice: {argument}")
+        seen += samples
         variants[name] = [read_rows(Path(file)) for file in files]
         identities[name] = [read_identity(Path(file)) for file in files]
     if len(variants) < 2:
         raise ValueError("--compare needs two evaluations or more, with different names: --compare A=FOLDER B=FOLDER")
-    warnings = differing_settings(identities)
-    print("\n".join(["", comparison(variants, cfg.k), *warnings, ""]))
+    print("\n".join(["", comparison(variants, cfg.k), *differing_settings(identities), ""]))
     summaries = {name: summary(runs, cfg.k) for name, runs in variants.items()}
     if cfg.paper:
         print(f"{paper_table(summaries, cfg.k)}\n")

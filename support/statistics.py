@@ -4,7 +4,6 @@ A row is one graded sample, a dictionary from evaluate.py's samples.jsonl with d
 correct, finish, tokens, reason and gold. Shapes: R runs, P problems of a benchmark, n samples of each problem.
 """
 
-import json
 import math
 from pathlib import Path
 
@@ -29,14 +28,6 @@ def read_rows(path: Path):
     if not path.is_file():
         raise ValueError(f"no finished evaluation: {path} does not exist")
     return read_jsonl(path)
-
-
-def read_identity(path: Path) -> dict:
-    """What the samples of an evaluation (see read_rows) depend on, and what graded them; empty if nothing says so."""
-    folder = path if path.is_dir() else path.parent
-    files = [folder / name for name in ("identity.json", "results.json")]
-    identity, results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-    return identity | results.get("identity", {})
 
 
 def rows_by_benchmark(rows) -> dict:

@@ -325,7 +325,7 @@ def test_a_run_or_a_name_is_compared_once(tmp_path):
     """A repeated name replaced the first one; one run given four times counted as four training seeds."""
     a, b = (make_evaluation(tmp_path / name, i) for i, name in enumerate("ab"))
     (tmp_path / "link").symlink_to(a)
-    with pytest.raises(ValueError, match="the name new is given twice"):
+    with pytest.raises(ValueError, match="the name new or one of its runs is given twice"):
         compare(tmp_path, f"base={a}", f"new={b}", f"new={a}")
     for again in (a, f"{a}/samples.jsonl", tmp_path / "link", f"{tmp_path}/[a]"):
         with pytest.raises(ValueError, match="is given twice"):
@@ -346,14 +346,11 @@ def test_a_comparison_says_what_differs_besides_the_models(tmp_path, capsys):
     compare(tmp_path, f"base={folders['base']}", f"new={folders['same']}")
     assert "warning" not in capsys.readouterr().out
     for name, warning in (
-        ("old", "max_response 512 (base), 99 (new)"), ("hot", "temperature 0.2 (base), 1.0 (new)"), ("template", "auto (base), plain (new)"),
+        ("old", "max_response 512 (base), 99 (new)"), ("hot", "temperature 0.2 (base), 1.0 (new)"), ("template", "template auto (base), plain (new)"),
     ):  # fmt: skip
         compare(tmp_path, f"base={folders['base']}", f"new={folders[name]}")
-        line = next(
-            line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: they differ in more")
-        )
-        assert warning in line
-        with pytest.raises(ValueError, match="runs of new differ in"):
+        assert f"warning: they differ in more than the model: {warning}" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="runs of one variant have different settings: .* and .* .new."):
             compare(tmp_path, f"base={folders['base']}", f"new={folders['same']},{folders[name]}")
     with pytest.raises(ValueError, match="grader 2 with x .base., 1 with x .new.: .*--regrade"):
         compare(tmp_path, f"base={folders['base']}", f"new={folders['graded']}")
@@ -364,7 +361,7 @@ def test_a_comparison_says_what_differs_besides_the_models(tmp_path, capsys):
 def test_a_regraded_evaluation_keeps_its_settings(tmp_path, fake, capsys):
     evaluate.main(make_config(tmp_path, temperature=0.5))
     evaluate.main(EvalConfig(regrade=str(tmp_path / "out"), k=2))
-    old, new = (statistics.read_identity(tmp_path / name) for name in ("out", "out/regraded"))
+    old, new = (report.read_identity(tmp_path / name) for name in ("out", "out/regraded"))
     assert new == old | {"regraded": str(tmp_path / "out")} and new["temperature"] == 0.5 and new["grader"]
 
 

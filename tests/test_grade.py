@@ -382,7 +382,7 @@ resource.setrlimit = refuse
 def test_limits_that_the_system_has_or_refuses_are_no_crash():
     """Hard limits (login nodes, batch systems), also where this process may not raise them; macOS knows none of memory."""
     low = "import resource\nfor kind, n in ((resource.RLIMIT_CPU, 36000), (resource.RLIMIT_AS, 1600 << 20)): resource.setrlimit(kind, (n, n))"
-    for setup, warning in ((low, ""), (REFUSE, "without a limit of memory")):
+    for setup, warning in ((low, ""), (REFUSE, "this system refuses to set RLIMIT_AS")):
         out, err = answers_of_a_process(setup, EASY)
         assert out == RIGHT and warning in err and bool(err) == bool(warning)
 
@@ -390,7 +390,7 @@ def test_limits_that_the_system_has_or_refuses_are_no_crash():
 @pytest.mark.parametrize(
     ("setup", "message"),
     [
-        ("import sys\nif 'grade.py' in ' '.join(sys.orig_argv): import os; os._exit(3)", r"its worker crashes \(3\)"),
+        ("import sys\nif 'grade.py' in ' '.join(sys.orig_argv): import os; os._exit(3)", "its worker crashes"),
         ("import sys\nsys.modules['math_verify'] = None", "ModuleNotFoundError"),
         (
             "import math_verify\nmath_verify.verify = lambda *_, **__: True",
