@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from gating import gate_stats
-from support.common import gather, rank
-from support.errors import on_all_ranks
+from support.common import gather, print0, rank
+from support.errors import on_all_ranks, one_line
 from support.files import EVALUATIONS, METRICS, TRACE, append_jsonl, read_jsonl, write_jsonl
 
 
@@ -25,7 +25,7 @@ class Logger:
 
     def __init__(self, cfg, start):
         self.out = Path(cfg.out)
-        self.wandb = self.tensorboard = None
+        self.log_to, self.wandb, self.tensorboard = cfg.log, None, None
         if rank() > 0:
             return
         for name in (METRICS, EVALUATIONS, TRACE):
@@ -35,6 +35,10 @@ class Logger:
                 write_jsonl(path, [row for row in rows if row["step"] <= start])
         if cfg.log == "wandb":
             self.wandb = start_wandb(cfg, self.out, is_resumed=start > 0)
+            if start and self.wandb.offline:  # `wandb sync` replaces a run by the newest folder with its id: it must hold all
+                rows = [row for name in (METRICS, EVALUATIONS) for row in read_jsonl(self.out / name)]
+                for row in sorted(rows, key=lambda row: row["step"]):
+                    self.send(row)
         if cfg.log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,14 +53,21 @@ class Logger:
             return
         row = {key: x for key, x in row.items() if not isinstance(x, float) or math.isfinite(x)}  # JSON has no NaN
         append_jsonl(self.out / name, [row])
-        if name == TRACE:
-            return
+        if name != TRACE:
+            self.send(row)
+
+    def send(self, row):
+        """Sends a row's numbers to W&B or TensorBoard; if that fails, never again."""
         scalars = {key: x for key, x in row.items() if isinstance(x, (int, float)) and key != "step"}
-        if self.wandb:
-            self.wandb.log(scalars, step=row["step"])
-        if self.tensorboard:
-            for key, x in scalars.items():
-                self.tensorboard.add_scalar(key, x, row["step"])
+        try:
+            if self.wandb:
+                self.wandb.log(scalars, step=row["step"])
+            if self.tensorboard:
+                for key, x in scalars.items():
+                    self.tensorboard.add_scalar(key, x, row["step"])
+        except Exception as error:  # of any kind, such as ConnectionResetError where W&B's own process was killed
+            print0(f"warning: no more rows for --log {self.log_to}: {one_line(error)}; the run's own files go on")
+            self.wandb = self.tensorboard = None
 
     def has_evaluation(self, step) -> bool:
         """Whether the evaluation after this step is there already: a run can be stopped between saving and evaluating."""
@@ -65,17 +76,18 @@ class Logger:
 
 
 def start_wandb(cfg, out, is_resumed):
-    """The wandb module, logging to one W&B run for all parts of a run that is resumed. ValueError if it cannot start."""
+    """A W&B run, the same for all parts of a run that is resumed. ValueError if it cannot start."""
     import wandb
 
     id_file = out / "wandb_id"
-    run_id = id_file.read_text().strip() if is_resumed and id_file.exists() else wandb.util.generate_id()
-    id_file.write_text(run_id + "\n")
+    run_id = id_file.read_text().strip() if is_resumed and id_file.exists() else ""
+    options = {"project": "opd-gating", "name": out.name, "dir": str(out), "config": asdict(cfg)}
     try:
-        wandb.init(project="opd-gating", name=out.name, id=run_id, resume="allow", dir=str(out), config=asdict(cfg))
+        run = wandb.init(id=run_id or None, resume="allow", **options)
     except wandb.errors.Error as error:  # such as not being logged in
         raise ValueError(f"--log wandb: {error}") from error
-    return wandb
+    id_file.write_text(run.id + "\n")
+    return run
 
 
 class Clock:

@@ -18,22 +18,26 @@ from support.metrics import by_position
 
 
 class FakeWandb(types.ModuleType):
-    """Remembers its calls; `error` is what init raises."""
+    """Remembers its calls; `error` is what init raises, or log. Like wandb 0.28.2, it has no util.generate_id."""
 
-    def __init__(self):
+    def __init__(self, offline=False):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
         self.errors = types.SimpleNamespace(Error=KeyError)
-        self.util = types.SimpleNamespace(generate_id=lambda: f"id{len(self.started)}")
-        self.started, self.logged, self.keys, self.error = [], [], set(), None
+        self.offline, self.started, self.logged, self.keys, self.error = offline, [], [], set(), None
 
     def init(self, **options):
         if self.error:
             raise self.error
         self.started.append(options)
+        self.logged.append([])  # a folder of its own for each part of a run
+        id = options["id"] or f"id{len(self.started)}"
+        return types.SimpleNamespace(id=id, offline=self.offline, log=self.log)
 
     def log(self, row, step):
-        self.logged.append(step)
+        if self.error:
+            raise self.error
+        self.logged[-1].append(step)
         self.keys |= set(row)
 
 
@@ -56,17 +60,38 @@ def fake_tensorboard(monkeypatch):
 
 
 def test_a_resumed_run_goes_on_as_the_same_wandb_run(pair, tmp_path, monkeypatch):
+    """THUDM/slime#2332: wandb 0.28.2 has no util.generate_id."""
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     out = tmp_path / "run"
     run(pair, out, **SMALL | dict(log="wandb"))
     run(pair, out, **SMALL | dict(log="wandb", steps=3, resume="true"))
-    assert [options["id"] for options in fake.started] == ["id0", "id0"] and fake.logged == [1, 2, 3]
+    assert [options["id"] for options in fake.started] == [None, "id1"] and fake.logged == [[1, 2], [3]]
     assert {options["dir"] for options in fake.started} == {str(out)}
     run(pair, out, **SMALL | dict(log="wandb", overwrite="true"))
-    assert fake.started[-1]["id"] == "id2"  # another run
+    assert fake.started[-1]["id"] is None  # another run
     fake.error = KeyError("api_key not configured")
     refused(flags(pair, tmp_path / "b", log="wandb"), "--log wandb: .*api_key not configured")
+
+
+def test_the_newest_folder_of_an_offline_wandb_run_holds_all_of_it(pair, tmp_path, monkeypatch):
+    """wandb/wandb#3841: `wandb sync` replaces what it has of a run by the folder that it sends."""
+    fake = FakeWandb(offline=True)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    options = SMALL | dict(log="wandb", eval_every=2, eval_problems=2, k=1)
+    run(pair, tmp_path / "run", **options)
+    run(pair, tmp_path / "run", **options | dict(steps=3, resume="true"))
+    assert fake.logged == [[0, 1, 2, 2], [0, 1, 2, 2, 3, 3]]
+
+
+def test_a_wandb_that_dies_ends_nothing(pair, tmp_path, monkeypatch, capsys):
+    """wandb/wandb#6449: its own process is killed, as by a SIGTERM to all of a Slurm step, and log() fails."""
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    init = fake.init
+    monkeypatch.setattr(fake, "init", lambda **options: (init(**options), setattr(fake, "error", OSError("lost")))[0])
+    rows, _ = run(pair, tmp_path / "run", **SMALL | dict(log="wandb"))
+    assert len(rows) == 2 and capsys.readouterr().out.count("warning: no more rows for --log wandb: lost") == 1
 
 
 def test_a_resumed_run_purges_the_steps_that_tensorboard_has_from_before(pair, tmp_path, monkeypatch):
