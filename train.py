@@ -414,7 +414,6 @@ def check_sizes(cfg, paths, vocabulary):
 
 
 def load_teacher(cfg, paths, tokenizer, vocabulary, device, train_prompts):
-    """ValueError if a server's scores of a prompt and its answer are wrong. Compares them with those of --teacher, if a folder."""
     if not cfg.teacher_url:
         return LocalTeacher(load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False), cfg, device)
     server = ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
@@ -424,15 +423,18 @@ def load_teacher(cfg, paths, tokenizer, vocabulary, device, train_prompts):
     server.check_scores(prompt + answer)
     if Path(cfg.teacher).is_dir():
         local = LocalTeacher(load_policy(cfg.teacher, cfg, vocabulary, device, trainable=False), cfg, device)
-        batch = data.collate([rollout.Rollout(prompt, answer, [0.0] * len(answer), "stop")], cfg, vocabulary, device)
-        logq = [teacher.targets([batch])[0]["logq_sampled"].cpu() for teacher in (server, local)]
-        far = (logq[0] - logq[1]).abs()
-        sizes = f"differ by {far.mean():.2g} nats on average and {far.max():.2g} at most, on {len(answer)} tokens"
-        serves_another = far.mean() > OUT_OF_STEP["cuda"]
-        print0(
-            f"{'warning: ' if serves_another else ''}the log-probs of {cfg.teacher_url} and of {cfg.teacher} {sizes}"
-        )
+        example = data.collate([rollout.Rollout(prompt, answer, [0.0] * len(answer), "stop")], cfg, vocabulary, device)
+        compare_teachers(server, local, example, cfg)
     return server
+
+
+def compare_teachers(server, local, example, cfg):
+    """Prints how far the log-probs of --teacher_url and of its local copy, --teacher, are apart on one micro-batch."""
+    logq, local_logq = (teacher.targets([example])[0]["logq_sampled"].cpu() for teacher in (server, local))
+    apart = (logq - local_logq).abs()
+    warning = "warning: " if apart.mean() > OUT_OF_STEP["cuda"] else ""
+    sizes = f"{apart.mean():.2g} nats on average and {apart.max():.2g} at most, on {len(apart)} tokens"
+    print0(f"{warning}the log-probs of {cfg.teacher_url} and of {cfg.teacher} differ by {sizes}")
 
 
 def evaluate_student(run, cfg) -> dict:
