@@ -120,14 +120,21 @@ def paired(ours, base, seed=0):
 
 
 def curves_by_problem(rows, k: int) -> dict:
-    """{problem id: its pass@k for k = 1..n} of one benchmark's rows; n: the samples that every problem has, at least k."""
+    """{problem id: its pass@k for k = 1..n} of one benchmark's rows, n samples of each problem. ValueError if n < k, or differs."""
     verdicts = {}
     for row in rows:
-        verdicts.setdefault(row["problem"], []).append(row["correct"])
-    n = min(len(samples) for samples in verdicts.values())
+        samples = verdicts.setdefault(row["problem"], {})
+        if (
+            row["sample"] in samples
+        ):  # such as files joined that hold the same samples: they would count as independent ones
+            raise ValueError(f"sample {row['sample']} of problem {row['problem']} is there twice")
+        samples[row["sample"]] = row["correct"]
+    n = min(map(len, verdicts.values()))
+    if n < (most := max(map(len, verdicts.values()))):
+        raise ValueError(f"some problems have {n} sample(s), others {most}: has a part of the evaluation been lost?")
     if k > n:
         raise ValueError(f"--k is {k}, but there are {n} sample(s) of each problem: lower --k")
-    n_correct = [sum(samples[:n]) for samples in verdicts.values()]
+    n_correct = [sum(samples.values()) for samples in verdicts.values()]
     return dict(zip(verdicts, pass_at_k(n, n_correct), strict=True))
 
 
@@ -167,6 +174,10 @@ def summary(runs, k: int) -> dict:
         entry = {name: float(np.mean([values[name] for values in run_metrics])) for name in run_metrics[0]}
         entries[benchmark] = entry | {"problems": len(curves), "curve": curves.mean(0)}
         draws.append(bootstrap(curves, seed=seed))  # [DRAWS, n]
+    sizes = {benchmark: len(entry["curve"]) for benchmark, entry in entries.items()}
+    if len(set(sizes.values())) != 1:
+        found = ", ".join(f"{n} samples of each problem of {benchmark}" for benchmark, n in sizes.items())
+        raise ValueError(f"there are {found or 'no samples'}; all benchmarks need equally many, at least one")
 
     if len(entries) > 1:
         each = list(entries.values())

@@ -70,6 +70,21 @@ def test_training_seeds_widen_a_comparison_by_their_own_noise():
     assert wide[0] < 0 < wide[1]
 
 
+@pytest.mark.parametrize(
+    "rows, message",
+    [
+        (make_rows([[1, 0]] * 2) * 2, "sample 0 of problem p0 is there twice"),  # mlcommons/inference#246
+        (make_rows([[1, 0, 1], [1, 1]]), "some problems have 2 .*others 3"),
+        (make_rows([[1, 1]], "a") + make_rows([[1, 1, 1]], "b"), "2 samples .*a.*3 .*b"),
+        (make_rows([[0, 0]]), "--k is 3, but there are 2"),  # nuprl/MultiPL-E#40
+        ([], "no samples"),
+    ],
+)
+def test_rows_that_give_no_honest_pass_at_k_are_refused(rows, message):
+    with pytest.raises(ValueError, match=message):
+        statistics.summary([rows], 3 if "--k" in message else 2)
+
+
 def test_the_mean_over_benchmarks_is_unweighted():
     rows = make_rows([[1, 1]] * 2, "small") + make_rows([[0, 0]] * 30, "large")
     found = statistics.summary([rows], 2)
