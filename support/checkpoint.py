@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from configs import may_change
-from support.common import gather, rank, versions, world_size
+from support.common import gather, print0, rank, versions, world_size
 from support.errors import on_all_ranks, one_line
 from support.files import CONFIG, FINAL, claim_folder, delete, fsync, write_file
 
@@ -166,7 +166,10 @@ def make_room(out, keep, tmp, files):
 
 def delete_all_but(out, n_newest):
     for old in complete(out)[:-n_newest]:
-        delete(old)
+        try:
+            delete(old)
+        except OSError as error:  # such as a file on NFS that a process has open: it costs room, but not the run
+            print0(f"warning: could not delete {old}: {one_line(error)}")
 
 
 def save_weights(folder, weights):

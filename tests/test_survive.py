@@ -264,6 +264,18 @@ def test_parameters_that_no_gradient_reaches_do_not_stop_a_resume(tmp_path, fuse
             assert torch.equal(fresh.state[ours][key], x)
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(pair, tmp_path, monkeypatch, capsys):
+    """huggingface/transformers#13035, #17265: a file that another process has open, as .nfs000123, keeps the folder on NFS."""
+
+    def fail(path):
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(checkpoint, "delete", fail)
+    run(pair, tmp_path, **SMALL | dict(steps=3, keep=1))
+    assert steps_of(tmp_path) == ["step-1", "step-2", "step-3"] and (tmp_path / "final").exists()
+    assert "warning: could not delete" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_save_never_has_more_checkpoints_on_the_disk_than_it_must(pair, tmp_path, monkeypatch, keep):
     """The newest complete one stays until the new one is complete, so --keep 1 needs room for two, and so does --keep 2."""
