@@ -34,10 +34,11 @@ class ServerTeacher:
         self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.k = cfg.topk if cfg.loss in TOPK_LOSSES else 0
         self.session = requests.Session()
-        # read=1: a request that timed out after TIMEOUT is asked only once more
+        # read=1: a request that timed out after TIMEOUT is asked only once more. A busy server's Retry-After may be an hour.
         retry = Retry(
-            RETRIES, read=1, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None
-        )
+            RETRIES, read=1, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods=None,
+            respect_retry_after_header=False,
+        )  # fmt: skip
         for scheme in ("http://", "https://"):
             self.session.mount(scheme, requests.adapters.HTTPAdapter(pool_maxsize=REQUESTS, max_retries=retry))
         models = self.ask("GET", "/v1/models", field="data")
@@ -137,7 +138,9 @@ class ServerTeacher:
         jobs = [(r.prompt + r.response, len(r.prompt)) for batch in batches for r in batch.rollouts]
         with ThreadPoolExecutor(REQUESTS) as pool:
             scored = pool.map(lambda job: self.score(*job), jobs)
-            return [self.pack([next(scored) for _ in batch.rollouts]) for batch in batches]
+            targets = [self.pack([next(scored) for _ in batch.rollouts]) for batch in batches]
+        self.session.close()  # its connections: what lies between may forget an idle one, and a request on it gets no answer
+        return targets
 
     def pack(self, scored):
         """The targets of one micro-batch. A place of the top-k that stays empty has log-prob -inf."""

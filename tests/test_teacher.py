@@ -130,6 +130,37 @@ def test_a_busy_server_is_asked_again(pair, scene, server):
     assert server.failures == 0
 
 
+def test_a_busy_server_cannot_make_a_run_wait_for_an_hour(pair, scene, server, monkeypatch):
+    """urllib3/urllib3#1338, netdata/netdata#5082: Retry-After: 3600."""
+    _, _, (batches, *_), cfg, _ = scene(loss="opd")
+    remote = server_teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
+    monkeypatch.setattr(Handler, "end_headers", retry_later)
+    asked_to_wait = []
+    monkeypatch.setattr("urllib3.util.retry.time.sleep", asked_to_wait.append)
+    server.failures = 1
+    remote.targets(batches[:1])
+    assert server.failures == 0 and max(asked_to_wait, default=0) <= 8
+
+
+def retry_later(handler):
+    handler.send_header("Retry-After", "3600")
+    BaseHTTPRequestHandler.end_headers(handler)
+
+
+def test_no_step_uses_the_connections_of_the_one_before(pair, scene, server, monkeypatch):
+    """defilantech/LLMKube#459: what lies between has forgotten them, and a request on them waits for its whole timeout."""
+    connections = []
+    setup = Handler.setup
+    monkeypatch.setattr(Handler, "protocol_version", "HTTP/1.1")  # connections stay open
+    monkeypatch.setattr(Handler, "setup", lambda handler: (connections.append(handler), setup(handler)))
+    _, _, (batches, *_), cfg, _ = scene(loss="opd")
+    remote = server_teacher.ServerTeacher(server.url, cfg, AutoTokenizer.from_pretrained(pair[1]), toy_vocabulary())
+    remote.targets(batches[:1])
+    before = len(connections)
+    remote.targets(batches[:1])
+    assert len(connections) > before
+
+
 @pytest.mark.parametrize(
     "change, options, message",
     [
