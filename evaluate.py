@@ -77,7 +77,10 @@ def text_of(r, tokenizer):
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.special and token.content.strip() not in ("<think>", "</think>")}
-    text = tokenizer.decode([i for i in r.response if i not in special])
+    # An id in a gap of the vocabulary, which a model may sample, has no token, and some tokenizers cannot decode it.
+    tokens = tokenizer.convert_ids_to_tokens(r.response)
+    known = [i for i, token in zip(r.response, tokens, strict=True) if token is not None]
+    text = tokenizer.decode([i for i in known if i not in special])
     is_opened = tokenizer.decode(r.prompt[-8:]).rstrip().endswith("<think>")
     return "<think>" + text if is_opened else text
 

@@ -82,8 +82,10 @@ def shared_size(student, teacher) -> int:
 
 
 def newline_ids(tokenizer, size: int) -> set[int]:
-    texts = tokenizer.batch_decode([[i] for i in range(size)])
-    return {i for i, text in enumerate(texts) if "\n" in text}
+    # Without the ids in a gap of the vocabulary, which some tokenizers cannot decode
+    ids = sorted({i for i in tokenizer.get_vocab().values() if i < size})
+    texts = tokenizer.batch_decode([[i] for i in ids])
+    return {i for i, text in zip(ids, texts, strict=True) if "\n" in text}
 
 
 # -----------------------------------------------------------------------------

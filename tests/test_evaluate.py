@@ -38,6 +38,9 @@ class FakeTokenizer:
     def decode(self, ids, skip_special_tokens=False):
         return bytes(ids).decode()
 
+    def convert_ids_to_tokens(self, ids):
+        return list(map(chr, ids))
+
     def get_vocab(self):
         return {chr(i): i for i in range(256)}
 

@@ -39,6 +39,7 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -226,6 +227,27 @@ def test_tokens_beyond_a_gap_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="enough"):
         evaluate.main(parse(EvalConfig, list(map(str, options))))
     assert asked == [61]
+
+
+class SlowTokenizer(PreTrainedTokenizer):
+    """In Python, as many that come with a model's own code; there is no token of id 2."""
+
+    vocab = {"a": 0, "\n": 1, "b": 3}
+    vocab_size = 4
+
+    def get_vocab(self):
+        return dict(self.vocab)
+
+    def _convert_id_to_token(self, index):
+        return {i: token for token, i in self.vocab.items()}.get(index)
+
+
+def test_a_tokenizer_that_cannot_decode_a_gap_in_its_ids(tmp_path):
+    """mosaicml/llm-foundry#841, InternLM/Intern-S1#19: sequence item 0: expected str instance, NoneType found."""
+    tokenizer = SlowTokenizer()
+    assert vocabulary.newline_ids(tokenizer, 4) == {1}
+    response = rollout.Rollout([0], [0, 2, 3], [0.0] * 3, "stop")
+    assert evaluate.text_of(response, tokenizer) == "a b"
 
 
 def test_a_checkpoint_of_a_model_with_its_own_code_can_be_evaluated(tmp_path, monkeypatch):
