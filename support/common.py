@@ -25,13 +25,18 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 def init_device(cfg) -> torch.device:
     """Joins the process group that torchrun describes, seeds torch, and returns this rank's device.
 
-    ValueError if CUDA is asked for and is not there.
+    ValueError if CUDA is asked for and is not there, or this rank's GPU is not.
     """
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device on this machine")
     if name == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # RANK counts over all nodes
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))  # RANK counts over all nodes
+        n_devices = torch.cuda.device_count()
+        if local_rank >= n_devices:
+            remedy = "every rank must see a GPU for each rank of its node (srun --gpus-per-node, not --gpus-per-task)"
+            raise ValueError(f"LOCAL_RANK is {local_rank}, and this process sees {n_devices} GPU(s): {remedy}")
+        torch.cuda.set_device(local_rank)
     is_alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     if name == "cuda" or not is_alone:
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"

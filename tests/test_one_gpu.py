@@ -5,6 +5,7 @@ On a CPU with gloo: FSDP2 on one rank and on two, told to compute in bf16, as it
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 import torch.distributed as dist
 from conftest import old_logprobs, ragged_rollouts, toy_vocabulary
@@ -70,7 +71,7 @@ def test_a_single_gpu_is_a_group_of_one(monkeypatch):
     """So it is sharded as several are. A single CPU is not: it has nothing to cast to."""
     groups = []
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: groups.append((backend, options)))
-    for name, value in (("is_available", True), ("set_device", None), ("current_device", 0)):
+    for name, value in (("is_available", True), ("device_count", 1), ("set_device", None), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     common.init_device(SimpleNamespace(device="cpu", threads=0, seed=0))
@@ -78,3 +79,12 @@ def test_a_single_gpu_is_a_group_of_one(monkeypatch):
     assert common.init_device(SimpleNamespace(device="", threads=0, seed=0)).type == "cuda"
     ((backend, options),) = groups
     assert backend == "cpu:gloo,cuda:nccl" and (options["rank"], options["world_size"]) == (0, 1)
+
+
+def test_a_rank_that_does_not_see_its_gpu_is_one_line(monkeypatch):
+    """pytorch/ignite#3259: srun --gpus-per-task shows each rank one GPU, which is number 0 to all of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ValueError, match="LOCAL_RANK is 1, and this process sees 1 GPU"):
+        common.init_device(SimpleNamespace(device="", threads=0, seed=0))
