@@ -285,6 +285,8 @@ def check_ranges(cfg) -> list[str]:
         is_greedy = f.name == "temperature" and value == 0 and isinstance(cfg, EvalConfig)
         if f.name in ("temperature", "top_p", "vllm_memory") and not (value > 0 or is_greedy):
             errors.append(f"--{f.name} is {value}; it must be above 0")
+        if f.name == "temperature" and 0 < value < 0.01:
+            errors.append(f"--temperature is {value}; vLLM would sample at 0.01, the least that it takes above 0")
     if cfg.template not in TEMPLATES and "{question}" not in cfg.template:
         errors.append(f"--template is {cfg.template!r}; it is {', '.join(TEMPLATES)}, or a text with {{question}}")
     try:

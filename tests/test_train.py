@@ -296,6 +296,7 @@ def written(path, text):
         (dict(nonsense=1), "nonsense"), (dict(gate="blocks"), "invalid choice"), (dict(preset="huge"), "invalid choice"),
         (dict(topk=1, loss="lsm"), "--topk"), (dict(block=0), "--block"), (dict(tau=-1), "--tau"), (dict(top_p=0), "--top_p"),
         (dict(top_p=1.5), "--top_p"), (dict(temperature=0), "--temperature"), (dict(epochs=0), "--epochs"), (dict(lr="x"), "--lr"),
+        (dict(temperature=0.001), "vLLM would sample at 0.01"),  # vllm-project/vllm#3063; it says so in a warning only
         (dict(beta=2), "--beta"), (dict(span_max=3), "--span_max"), (dict(minibatches=7), "--minibatches"), (dict(clip_low=-1), "--clip_low"),
     ],
 )  # fmt: skip
