@@ -35,9 +35,8 @@ class Logger:
                 write_jsonl(path, [row for row in rows if row["step"] <= start])
         if cfg.log == "wandb":
             self.wandb = start_wandb(cfg, self.out, is_resumed=start > 0)
-            if (
-                start and self.wandb.offline
-            ):  # `wandb sync` replaces a run by the newest folder with its id: it must hold all
+            if start and self.wandb.offline:
+                # `wandb sync` replaces a run by the newest folder with its id, so that one has to hold all rows.
                 rows = [row for name in (METRICS, EVALUATIONS) for row in read_jsonl(self.out / name)]
                 for row in sorted(rows, key=lambda row: row["step"]):
                     self.send(row)
