@@ -243,7 +243,8 @@ def publish(tmp, final, state, keep):
     if rank() > 0:
         return
     write_file(tmp / STATE, json.dumps(state, indent=1))
-    fsync(tmp)
+    for path in [*tmp.iterdir(), tmp]:  # before it gets its name: a power cut may leave what was not flushed empty
+        fsync(path)
     shutil.rmtree(final, ignore_errors=True)
     tmp.rename(final)
     fsync(final.parent)

@@ -264,6 +264,20 @@ def test_parameters_that_no_gradient_reaches_do_not_stop_a_resume(tmp_path, fuse
             assert torch.equal(fresh.state[ours][key], x)
 
 
+def test_every_file_of_a_checkpoint_is_on_the_disk_before_it_gets_its_name(pair, tmp_path, monkeypatch):
+    """ClickHouse/ClickHouse#111373: after a power cut, a file that was not flushed is there, and empty."""
+    flushed, fsync = set(), os.fsync
+
+    def watched(fd):
+        flushed.add(os.path.realpath(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run(pair, tmp_path, **SMALL | dict(steps=1))
+    files = [f"step-1.tmp/{name}" for name in checkpoint.files_of(tmp_path / "step-1")]
+    assert len(files) > 6 and {str(tmp_path / name) for name in files} <= flushed
+
+
 def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(pair, tmp_path, monkeypatch, capsys):
     """huggingface/transformers#13035, #17265: a file that another process has open, as .nfs000123, keeps the folder on NFS."""
 
