@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 import rollout
-from policy import choose_attention_kernels
+from policy import choose_attention_kernels, context_of
 from support import report, toy
 from support.common import (
     barrier,
@@ -222,7 +222,7 @@ def prepare(cfg, device):
     if len(paths) < len(names.split(",")):
         raise ValueError(f"--data {names}: two sets have the same name")
     prompts, identity, n_cut = [], {"format": FORMAT}, {}
-    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = context_of(config) or 1 << 30
     for name, path in paths.items():
         problems = data.load(path, limit=cfg.eval_problems)
         encoded = data.encode_all(problems, tokenizer, cfg, vocabulary.size)

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -22,14 +24,16 @@ from support.vocabulary import Vocabulary
 class Policy(nn.Module):
     """A causal language model whose forward pass ends before the head.
 
-    vocabulary: what student and teacher have in common. file_dtype: the dtype of the model's files, on load and on save.
+    vocabulary: what student and teacher have in common. file_dtype: the dtype of the model's files, on load and on save. digest:
+    of the weights, as this rank has loaded them.
     """
 
-    def __init__(self, lm, vocabulary: Vocabulary, file_dtype=torch.float32):
+    def __init__(self, lm, vocabulary: Vocabulary, file_dtype=torch.float32, digest=""):
         super().__init__()
         self.lm = lm
         self.vocabulary = vocabulary
         self.file_dtype = file_dtype
+        self.digest = digest
 
     def forward(self, batch):
         """Hidden states [N, H] of a MicroBatch, at the positions that predict its N response tokens.
@@ -92,7 +96,7 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     With several ranks, and with one GPU, sharded with FSDP2. ValueError for a model that scales or caps its logits, which are then
     not weight @ hidden + bias, and for one of a type that --kernels does not support.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     hub_options = {"trust_remote_code": cfg.trust_remote_code}
     config = AutoConfig.from_pretrained(path, **hub_options)
@@ -109,7 +113,8 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
     with one_rank_at_a_time():
-        lm = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype, **hub_options)
+        lm = load_lm(path, config=config, dtype=dtype, **hub_options)
+        digest = weights_digest(lm)
         lm.requires_grad_(False)
         for part in (lm.get_decoder(), lm.get_output_embeddings()):  # a vision tower stays frozen
             part.requires_grad_(trainable)
@@ -117,13 +122,84 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
         if trainable and cfg.grad_ckpt:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
             lm.train()  # transformers checkpoints in training mode only; without dropout the mode changes nothing else
-        policy = Policy(lm, vocabulary, file_dtype)
+        policy = Policy(lm, vocabulary, file_dtype, digest)
         if uses_compile(cfg):
             for block in decoder_blocks(lm):
                 block.compile(dynamic=True)  # each on its own, inside its checkpoint and its shard; lengths vary
         if mesh:
             shard(policy, mesh, device)  # moves only this rank's shards to the device, one layer at a time
         return policy.to(device)
+
+
+def load_lm(path, **options):
+    """AutoModelForCausalLM.from_pretrained(path, **options). ValueError if a weight is missing, or is none of the model's.
+
+    transformers makes up what is missing, and drops what it does not know, such as weights with a wrapper's prefix. A head that
+    is tied to the embedding is not missing; masks and the like, which old files have as buffers, are no weights.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        lm, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: a file of weights is damaged: {error}") from error
+    buffers = {name for name, _ in lm.named_buffers()}
+    unknown = [name for name in info["unexpected_keys"] if name not in buffers and not name.endswith(".masked_bias")]
+    kinds = ((info["missing_keys"], "are missing"), (unknown, "in its files are not the model's"))
+    faults = [f"{len(names)} weights {what}, such as {min(names)}" for names, what in kinds if names]
+    if faults:
+        raise ValueError(f"{path}: {'; '.join(faults)}")
+    return lm
+
+
+SMALL = 1 << 16  # elements; a digest reads a tensor of at most so many as a whole
+
+
+def weights_digest(lm) -> str:
+    """The dtype and a digest of a model's weights, which are in host memory.
+
+    It reads a small tensor as a whole, and some thousands of elements, evenly spread, of a large one: another revision differs
+    in most of them, and a damaged part of a file in some. Reading all would cost a tenth of loading the model.
+    """
+    found = xxhash.xxh3_128()
+    for name, x in lm.named_parameters():
+        stride = 1 if x.numel() <= SMALL else x.numel() >> 12
+        sample = x.detach().flatten()[::stride].contiguous()
+        found.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        found.update(sample.view(torch.uint8).numpy())
+    return f"{lm.dtype} {found.hexdigest()}"
+
+
+def rope_parameters(config) -> list[dict]:
+    """Of all layers, or of each type of layers; empty for models with other positions."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in (found, *found.values()) if isinstance(part, dict) and "rope_type" in part]
+
+
+def context_of(config) -> int | None:
+    """Tokens that a model takes; None if it does not say. With YaRN, the factor times the original context.
+
+    Qwen's model cards add YaRN to a config without raising its max_position_embeddings.
+    """
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    for rope in rope_parameters(config):
+        if rope["rope_type"] == "yarn" and context:
+            context = max(context, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return context
+
+
+def check_positions(config, path, length):
+    """ValueError if the positions' frequencies change before a text of this many tokens ends.
+
+    The trainer's would then depend on the longest text of a batch, and the sampler's on how far it has come.
+    """
+    for rope in rope_parameters(config):
+        limit = rope.get("original_max_position_embeddings") or config.get_text_config().max_position_embeddings
+        if rope["rope_type"] in ("longrope", "dynamic") and length > limit:
+            raise ValueError(
+                f"{path} has positions of the type {rope['rope_type']}, whose frequencies change beyond {limit} tokens: "
+                f"--max_prompt + --max_response must be at most that"
+            )
 
 
 def patch_with_liger(model_type):
@@ -198,6 +274,7 @@ class LocalTeacher:
 
     def __init__(self, policy, cfg, device):
         self.policy, self.cfg, self.device = policy, cfg, device
+        self.digest, self.config = policy.digest, policy.lm.config.to_json_string()
         self.head = whole_head(policy) if cfg.loss in FULL_VOCABULARY_LOSSES else None
         if cfg.teacher_offload:
             policy.to("cpu")

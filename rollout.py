@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from policy import context_of, load_lm
 from support.common import gather, print0, rank, world_size
 from support.errors import explain
 
@@ -204,8 +205,13 @@ class VLLMSampler:
         self.is_cuda = vllm_device() == "cuda"
         self.vocabulary, self.tp, self.should_stop = vocabulary, tp, should_stop
         self.is_asleep = False
+        from transformers import AutoConfig
         from vllm import LLM
 
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        own, context = getattr(config, "max_position_embeddings", None), context_of(config)
+        # With YaRN, vLLM 0.32 takes max_position_embeddings for the extended context, which Qwen's model cards leave as it was.
+        overrides = {"max_position_embeddings": context} if own and context > own else {}
         options = dict(
             max_model_len=max_len or None, tensor_parallel_size=tp, trust_remote_code=trust, max_num_seqs=max_num_seqs,
             skip_tokenizer_init=True, use_tqdm_on_load=False,
@@ -214,7 +220,7 @@ class VLLMSampler:
         )  # fmt: skip
         if self.is_cuda:
             options |= dict(dtype="bfloat16", gpu_memory_utilization=memory, enable_sleep_mode=True)
-            options |= dict(hf_overrides={"head_dtype": "float32"})  # logits that are not rounded, as the trainer's
+            overrides["head_dtype"] = "float32"  # logits that are not rounded, as the trainer's
         else:
             options |= dict(dtype="float32", enforce_eager=True, kv_cache_memory_bytes=CPU_KV_CACHE)
             # On a CPU, vLLM 0.32 fails on a seeded request whose prompt it has cut in two.
@@ -224,7 +230,7 @@ class VLLMSampler:
             options |= dict(distributed_executor_backend="external_launcher")
         # On a CPU, vLLM binds threads to cores, changes their number, and makes set_num_threads do nothing.
         set_num_threads, n_threads = torch.set_num_threads, torch.get_num_threads()
-        self.llm = LLM(path, **options)
+        self.llm = LLM(path, hf_overrides=overrides, **options)
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(n_threads)
         # Its finaliser destroys every process group there is, the trainer's too, or fails if the trainer came first.
@@ -338,8 +344,6 @@ def make_sampler(cfg, path, model, vocabulary, should_stop=lambda: False, **engi
     token: once it is True, sample returns what there is, and the caller has to drop it. engine_options: max_len, where a response
     ends though it may have more tokens, and VLLMSampler's max_num_seqs.
     """
-    import transformers as hf
-
     device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     kind, _ = choose(cfg.rollout, device)
     trust = cfg.trust_remote_code
@@ -349,7 +353,7 @@ def make_sampler(cfg, path, model, vocabulary, should_stop=lambda: False, **engi
     needs_copy = model is None or any(hasattr(p, "full_tensor") for p in model.parameters())
     if needs_copy:
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        model = hf.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=trust, dtype=dtype)
+        model = load_lm(path, trust_remote_code=trust, dtype=dtype)
         model = model.to(torch.device(device))
     budget = token_budget(model.config, torch.cuda.mem_get_info()[0] if device == "cuda" else None)
     max_len = engine_options.get("max_len", 0)

@@ -53,7 +53,9 @@ from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
 from policy import (
     LocalTeacher,
     Policy,
+    check_positions,
     choose_attention_kernels,
+    context_of,
     full_tensor,
     full_weights,
     load_policy,
@@ -402,8 +404,9 @@ def check_sizes(cfg, paths, vocabulary):
     from transformers import AutoConfig
 
     for role, path in paths.items():
-        config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code).get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=cfg.trust_remote_code)
+        check_positions(config, path, cfg.max_prompt + cfg.max_response)
+        context = context_of(config)
         if context and cfg.max_prompt + cfg.max_response > context:
             raise ValueError(
                 f"--max_prompt {cfg.max_prompt} + --max_response {cfg.max_response} tokens do not fit "

@@ -25,6 +25,7 @@ class ServerTeacher:
     """
 
     head = None  # full-vocabulary losses need a teacher in this process
+    digest = config = None  # nobody here has seen its weights
 
     def __init__(self, url, cfg, tokenizer, vocabulary):
         import requests

@@ -5,6 +5,7 @@ The one source for training, for evaluate.py, and for the generation config of t
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from support.common import print0
 from support.errors import one_line
@@ -35,10 +36,10 @@ def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False, templat
 
     template: as --template. ValueError if the tokenizers differ.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig
 
     options = {"trust_remote_code": trust_remote_code}
-    tokenizers = {role: pretrained(AutoTokenizer, path, **options) for role, path in paths.items()}
+    tokenizers = {role: tokenizer_of(path, **options) for role, path in paths.items()}
     tokenizer = tokenizers["student"]
     size = shared_size(tokenizer, tokenizers.get("teacher", tokenizer))
     for path in paths.values():
@@ -55,11 +56,25 @@ def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False, templat
     )
 
 
+def tokenizer_of(path, **options):
+    """A model's tokenizer, of transformers' own kind. ValueError if there is only mistral-common's, which has no chat template."""
+    from transformers import AutoTokenizer
+    from transformers.utils import cached_file
+
+    tokenizer = pretrained(AutoTokenizer, path, mistral_format=False, **options)
+    folder = Path(cached_file(path, "config.json")).parent  # of a hub model: in the cache
+    if (folder / "tekken.json").exists() and not (folder / "tokenizer.json").exists():
+        raise ValueError(
+            f"{path} has only mistral-common's tokenizer, tekken.json: add a tokenizer.json of transformers to it"
+        )
+    return tokenizer
+
+
 def pretrained(auto_class, path, **options):
-    """auto_class.from_pretrained(path), of a config or tokenizer. ValueError if there is no such folder or hub name, or no network."""
+    """auto_class.from_pretrained(path), of a config or tokenizer. ValueError without such a folder or hub name, network, or package."""
     try:
         return auto_class.from_pretrained(path, **options)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         raise ValueError(f"{path}: {one_line(error)}") from error
 
 

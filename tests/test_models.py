@@ -41,6 +41,7 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedTokenizer,
     PreTrainedTokenizerFast,
+    Qwen2Config,
 )
 
 import data
@@ -148,6 +149,130 @@ def test_a_model_of_nan_is_refused_by_name(pair, tmp_path):
     weights["model.norm.weight"][3] = torch.nan
     save_file(weights, tmp_path / "teacher/model.safetensors", {"format": "pt"})
     refused(flags((tmp_path / "teacher", pair[1]), tmp_path / "run"), "teacher gives NaN logits")
+
+
+def other_names(weights):
+    """A wrapper's prefix on one layer, as torch.compile, FSDP and the like leave it."""
+    return {("module." + name if "layers.1." in name else name): x for name, x in weights.items()}
+
+
+FAULTS = {
+    "11 weights are missing, such as model.layers.1.input_layernorm.weight; 11 weights in its files are not the model's, "
+    "such as module.model.layers.1.input_layernorm.weight": other_names,
+    "1 weights are missing, such as model.norm.weight": lambda weights: (
+        weights.pop("model.norm.weight") is None or weights
+    ),
+    "1 weights in its files are not the model's, such as v_head.weight": lambda weights: (
+        weights | {"v_head.weight": torch.ones(3)}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_weights_that_are_missing_or_unknown_are_refused_by_name(pair, tmp_path, message):
+    """transformers makes them up, or drops them; the run went on."""
+    m = shutil.copytree(pair[0], tmp_path / "m")
+    save_file(FAULTS[message](load_file(m / "model.safetensors")), m / "model.safetensors", {"format": "pt"})
+    for out, teacher, student in (("a", m, pair[1]), ("b", pair[0], m)):
+        refused(flags((teacher, student), tmp_path / out), f"{m}: {message}$")
+    options = ["--model", str(m), "--data", "toy", "--eval_problems", "1", "--out", str(tmp_path / "ev")]
+    with pytest.raises(SystemExit, match=f"{m}: {message}$"):
+        evaluate.main(parse(EvalConfig, options))
+
+
+def test_a_file_of_weights_that_was_cut_off_is_named(pair, tmp_path):
+    m = shutil.copytree(pair[0], tmp_path / "m")
+    os.truncate(m / "model.safetensors", 5000)
+    refused(flags((m, pair[1]), tmp_path / "run"), f"train.py: {m}: a file of weights is damaged")
+
+
+def test_a_tied_head_and_old_buffers_are_no_weights(tmp_path):
+    """GPT-2's files have the causal mask of each layer, and its head is its embedding."""
+    GPT2LMHeadModel(GPT2Config(vocab_size=42, n_embd=32, n_layer=1, n_head=2, n_positions=64)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert not any("lm_head" in name for name in weights)
+    masks = {
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64),
+        "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+    }
+    save_file(weights | masks, tmp_path / "model.safetensors", {"format": "pt"})
+    assert policy.load_lm(tmp_path).num_parameters() > 0
+
+
+def test_the_digest_of_weights_sees_each_tensor():
+    digest = policy.weights_digest
+    lm = tiny_model(32, 2, seed=0)
+    before = digest(lm)
+    assert digest(tiny_model(32, 2, seed=0)) == before != digest(tiny_model(32, 2, seed=0).bfloat16())
+    for name, x in lm.named_parameters():
+        x.data.view(-1)[-1] += 1e-3
+        assert digest(lm) != before, name
+        x.data.view(-1)[-1] -= 1e-3
+        before = digest(lm)
+    large = torch.nn.Module()
+    large.x, large.dtype = torch.nn.Parameter(torch.zeros(10 * policy.SMALL)), torch.float32
+    before = digest(large)
+    large.x.data[12345:12600] = 1  # a damaged part of a file
+    assert digest(large) != before
+
+
+ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 96}
+
+
+def test_a_context_that_yarn_extends_is_the_factor_times_the_original_one():
+    """Qwen's model cards add YaRN, and leave max_position_embeddings as it was. Others raise it, too."""
+    for written in (96, 384):
+        yarn = ROPE | {"rope_type": "yarn"}
+        config = Qwen2Config(max_position_embeddings=written, rope_parameters=yarn)
+        assert policy.context_of(config) == 384
+    assert policy.context_of(Qwen2Config(max_position_embeddings=96)) == 96
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_positions_whose_frequencies_change_with_length_are_refused_by_name(pair, tmp_path, kind):
+    """The trainer's depend on the longest text of a batch, the sampler's on each step: "sampler out of step"."""
+    m = shutil.copytree(pair[1], tmp_path / "m")
+    config = json.loads((m / "config.json").read_text())
+    size = config["head_dim"] // 2
+    config["rope_parameters"] = ROPE | {"rope_type": kind, "short_factor": [1.0] * size, "long_factor": [4.0] * size}
+    (m / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 384 if kind == "longrope" else 96}))
+    message = f"{m} has positions of the type {kind}, whose frequencies change beyond 96 tokens"
+    refused(flags((pair[0], m), tmp_path / "run", max_prompt=64, max_response=33), message)
+    run((pair[0], m), tmp_path / "run", max_prompt=64, max_response=32, steps=1)  # they do not change
+
+
+def test_a_pad_token_beyond_the_embedding_needs_none(pair, tmp_path):
+    m = shutil.copytree(pair[1], tmp_path / "m")
+    tokenizer = toy.tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(m)
+    lm = AutoModelForCausalLM.from_pretrained(m)
+    assert tokenizer.pad_token_id == lm.config.vocab_size == 42
+    run((pair[0], m), tmp_path / "run", steps=1)
+    options = ["--model", str(m), "--data", "toy", "--eval_problems", "2", "--k", "1", "--max_response", "5"]
+    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
+
+
+def test_a_model_with_mistral_commons_tokenizer_alone_is_refused_by_name(pair, tmp_path, monkeypatch):
+    """Without transformers' own, there is no chat template, and the text of a response cannot be read."""
+    m = shutil.copytree(pair[1], tmp_path / "m")
+    (m / "tekken.json").write_text("{}")
+    run((pair[0], m), tmp_path / "run", steps=1)  # there are both
+    (m / "tokenizer.json").unlink()
+    monkeypatch.setattr(vocabulary, "pretrained", lambda *_, **__: None)  # it loads, with mistral-common and without
+    with pytest.raises(ValueError, match=f"{m} has only mistral-common's tokenizer, tekken.json: add a tokenizer.json"):
+        vocabulary.tokenizer_of(str(m))
+
+
+def test_the_final_student_has_its_own_tokenizer_files_unchanged(pair, tmp_path):
+    """Older transformers cannot read what newer ones write."""
+    m = shutil.copytree(pair[1], tmp_path / "m")
+    content = json.loads((m / "tokenizer_config.json").read_text())
+    (m / "tokenizer_config.json").write_text(json.dumps(content | {"extra": 1}, indent=7))
+    (m / "vocab.txt").write_text("its own\n")
+    run((pair[0], m), tmp_path / "run", steps=1)
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+        assert (tmp_path / "run/final" / name).read_bytes() == (m / name).read_bytes()
 
 
 def test_a_package_that_a_model_needs_is_named_in_one_line(pair, tmp_path):
