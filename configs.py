@@ -167,6 +167,8 @@ def may_change(name) -> bool:
 
 def parse(cls, argv=None):
     """The config from the command line (argv: a list, for tests). A wrong flag is one line on stderr, and exit code 2."""
+    if sys.platform == "win32":
+        sys.exit(f"{program_of(cls)}: Linux and macOS only; on Windows, run it in WSL")
     argv = [with_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     if cls is EvalConfig:
         argv = [with_new_name(word) for word in argv]
@@ -213,9 +215,13 @@ DESCRIPTIONS = {
 }
 
 
+def program_of(cls):
+    return "train.py" if cls is TrainConfig else "evaluate.py"
+
+
 def make_parser(cls, defaults):
     """defaults: {field: its default, where it is not the one of cls}."""
-    program = "train.py" if cls is TrainConfig else "evaluate.py"
+    program = program_of(cls)
     description = DESCRIPTIONS[cls].format(**{"preset": ""} | defaults)
     parser = argparse.ArgumentParser(
         program, f"python {program} [--flag value ...]", description=description, allow_abbrev=False

@@ -44,7 +44,7 @@ from support.common import (
     world_size,
 )
 from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
-from support.files import append_jsonl, claim_folder, write_file, write_jsonl
+from support.files import append_jsonl, check_is_shared, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
 from support.statistics import read_rows, summary
@@ -251,6 +251,7 @@ def run(cfg):
     print0(f"{cfg.model}: {samples} {len(prompts)} problems, {cfg.max_response} tokens at most{cut}")
     print0(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
     out = Path(cfg.out)
+    check_is_shared(out)
     lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
     barrier()
     keep_tracebacks_in(out)

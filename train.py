@@ -75,7 +75,7 @@ from support.common import (
     world_size,
 )
 from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
-from support.files import EVALUATIONS, METRICS, TRACE
+from support.files import EVALUATIONS, METRICS, TRACE, check_is_shared
 from support.server_teacher import ServerTeacher
 from support.statistics import metrics as evaluation_metrics
 from support.statistics import summary
@@ -357,6 +357,7 @@ def train(run, cfg):
 def setup(cfg) -> Run:
     # on_all_ranks(f, ...) calls f on every rank. If it fails on one, all ranks exit (SystemExit) with that error in one line.
     device = on_all_ranks(init_device, cfg)
+    on_all_ranks(check_is_shared, Path(cfg.out))
 
     # Fail early: check everything before a model loads or a file is written.
     resume_from = on_all_ranks(checkpoint.find, cfg)  # a checkpoint's folder, or None

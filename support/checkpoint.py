@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from configs import may_change
 from support.common import gather, print0, rank, versions, world_size
 from support.errors import on_all_ranks, one_line
-from support.files import CONFIG, FINAL, claim_folder, delete, fsync, write_file
+from support.files import CONFIG, FINAL, claim_folder, delete, fsync, remove, write_file
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -158,7 +158,7 @@ def make_room(out, keep, tmp, files):
     if rank() > 0:
         return
     delete_all_but(out, max(keep - 1, 1))
-    shutil.rmtree(tmp, ignore_errors=True)
+    remove(tmp)
     (tmp / OPTIMIZER).mkdir(parents=True)
     for name, content in files.items():
         (tmp / name).write_bytes(content)
@@ -245,7 +245,7 @@ def publish(tmp, final, state, keep):
     write_file(tmp / STATE, json.dumps(state, indent=1))
     for path in [*tmp.iterdir(), tmp]:  # before it gets its name: a power cut may leave what was not flushed empty
         fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
+    remove(final)
     tmp.rename(final)
     fsync(final.parent)
     delete_all_but(final.parent, keep)
@@ -306,7 +306,7 @@ def save_final(out, dtype, trust_remote_code=False):
         return
     folder, checkpoint = out / FINAL, latest(out)
     tmp = folder.with_name(FINAL + ".tmp")
-    shutil.rmtree(tmp, ignore_errors=True)
+    remove(tmp)
     try:
         lm = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, trust_remote_code=trust_remote_code)
         lm.generation_config = (
@@ -322,6 +322,6 @@ def save_final(out, dtype, trust_remote_code=False):
         raise OSError(f"could not save {folder}: {one_line(error)}") from None
     for file in tmp.iterdir():
         fsync(file)
-    shutil.rmtree(folder, ignore_errors=True)
+    remove(folder)
     tmp.rename(folder)
     fsync(out)

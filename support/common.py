@@ -17,6 +17,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent  # of the project
+PATIENCE = timedelta(minutes=1)  # of a rank that was not started by torchrun, with the others
 
 # -----------------------------------------------------------------------------
 # ranks: one process, or those that torchrun started
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent  # of the project
 def init_device(cfg) -> torch.device:
     """Joins the process group that torchrun describes, seeds torch, and returns this rank's device.
 
-    ValueError if CUDA is asked for and is not there, or this rank's GPU is not.
+    ValueError if CUDA is asked for and is not there, if this rank's GPU is not, or if ranks that are expected do not come.
     """
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -41,13 +42,24 @@ def init_device(cfg) -> torch.device:
     if name == "cuda" or not is_alone:
         backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
         # A single GPU is a group of one, so that it computes what several compute (policy.shard).
-        alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if is_alone else {}
+        store, rank, world_size = (dist.HashStore(), 0, 1) if is_alone else meet_other_ranks()
         # Long timeout: ranks wait for the slowest rollout. torchrun detects dead ranks.
-        dist.init_process_group(backend, timeout=timedelta(days=1), **alone)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device("cpu")
+
+
+def meet_other_ranks():
+    """(store, rank, world size) of the group that the environment describes. ValueError if not all ranks come."""
+    try:  # torchrun has started the others for sure
+        return next(
+            dist.rendezvous("env://", timeout=timedelta(days=1) if dist.is_torchelastic_launched() else PATIENCE)
+        )
+    except (ValueError, RuntimeError) as error:
+        why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the ranks came within {PATIENCE.seconds} s"
+        raise ValueError(f"{why}: start them all with torchrun, or unset WORLD_SIZE ({error})") from None
 
 
 def rank() -> int:
@@ -140,14 +152,17 @@ def one_rank_at_a_time():
 
 
 class StopSignal:
-    """From listen() to release(), SIGTERM, SIGHUP (a closed terminal) and Ctrl-C only ask the run to stop where it can."""
+    """From listen() to release(), these signals only ask the run to stop where it can.
+
+    SIGTERM, Ctrl-C, SIGHUP (a closed terminal) and SIGUSR1 (Slurm's --signal, some time before it ends a job).
+    """
 
     def __init__(self):
         self.reason = ""  # the signal's name, once there was one
         self.previous_handlers = {}
 
     def listen(self):
-        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for s in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
             if signal.getsignal(s) != signal.SIG_IGN:  # as nohup ignores SIGHUP
                 self.previous_handlers[s] = signal.signal(s, self.handle)
 

@@ -3,13 +3,15 @@
 import errno
 import json
 import os
+import secrets
 import shutil
 import socket
+import time
 from pathlib import Path
 
 import filelock
 
-from support.common import print0
+from support.common import gather, print0, rank, world_size
 
 # What a run leaves in --out, besides its checkpoints step-N/, pictures and, after an error, error-RANK.log
 CONFIG = "config.json"  # every setting
@@ -17,11 +19,13 @@ METRICS = "metrics.jsonl"  # a row for each step
 EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation in the loop
 TRACE = "trace.jsonl"  # with --trace_every: one response, token by token
 FINAL = "final"  # the student, a Hugging Face folder
+TOKEN_SECONDS = 10  # until all nodes see a file that one has written
 
 
 def write_file(path: Path, text: str):
     """Replaces a file as a whole: a process that dies, or a power cut, leaves the old text or the new one."""
     tmp = path.with_name(path.name + ".tmp")
+    tmp.unlink(missing_ok=True)  # if it is a link, what it points to stays as it is
     with tmp.open("w", encoding="utf-8") as file:  # not in the locale's, which may lack a character
         file.write(text)
         file.flush()
@@ -71,6 +75,23 @@ def write_jsonl(path: Path, rows):
 # folders
 
 
+def check_is_shared(folder: Path):
+    """ValueError on the ranks that do not see what rank 0 writes to the folder, as on nodes with disks of their own. A collective."""
+    token, path = gather(secrets.token_hex())[0], folder / ".token"
+    if world_size() == 1:
+        return
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(path, token)
+    for _ in range(TOKEN_SECONDS):  # a network file system may show it late
+        if path.exists() and path.read_text() == token:
+            return
+        time.sleep(1)
+    raise ValueError(
+        f"--out {folder} is not on a disk that all nodes share: {socket.gethostname()} does not see rank 0's files"
+    )
+
+
 def lock_folder(folder: Path):
     """Keeps other processes out of the folder until the lock that it returns is released, or this process ends.
 
@@ -107,13 +128,17 @@ def claim_folder(folder, config_name, overwrite):
 
 
 def delete(path):
-    """Deletes a file, a link (not what it points to) or a folder.
+    """As remove(), but a folder is renamed first, so that half a checkpoint never has a checkpoint's name."""
+    if path.is_dir() and not path.is_symlink() and path.suffix != ".tmp":
+        tmp = path.with_name(path.name + ".tmp")
+        remove(tmp)
+        path = path.rename(tmp)
+    remove(path)
 
-    A folder is renamed first, so that half a checkpoint never has a checkpoint's name.
-    """
+
+def remove(path):
+    """Deletes a file, a link (not what it points to) or a folder, if it is there."""
     if path.is_symlink() or not path.is_dir():
-        path.unlink()
-    elif path.suffix == ".tmp":
-        shutil.rmtree(path)
+        path.unlink(missing_ok=True)
     else:
-        shutil.rmtree(path.rename(path.with_name(path.name + ".tmp")))
+        shutil.rmtree(path)

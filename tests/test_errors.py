@@ -68,7 +68,7 @@ def test_the_rank_that_fails_keeps_its_traceback_and_all_ranks_end(pair, tmp_pat
 
     assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 1
     lines = (tmp_path / "log").read_text().splitlines()
-    assert re.fullmatch(r"train.py: shape '\[3\]' is invalid .*; traceback in .*/error-1.log\)", lines[-1])
+    assert re.fullmatch(r"train.py: rank 1: shape '\[3\]' is invalid .*; traceback in .*/error-1.log\)", lines[-1])
     assert "Traceback" not in "".join(lines) and "view(3)" in (tmp_path / "a" / "error-1.log").read_text()
     assert not (tmp_path / "a" / "error-0.log").exists()
 

@@ -93,6 +93,45 @@ def test_an_overwrite_clears_what_a_kill_has_left_under_a_temporary_name(pair, t
     assert {path.name for path in tmp_path.iterdir()} == {".lock", ".holder"}
 
 
+def test_links_in_the_folder_are_never_followed_and_never_the_end_of_a_run(pair, tmp_path):
+    """A user moves a checkpoint to another disk and leaves a link, or links a name that the run is about to write."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run(pair, out, steps=1, save_every=1)
+    kept = []
+    for name in ("step-1", "step-2.tmp", "final", "final.tmp", "config.json.tmp", "nothing"):
+        kept.append(elsewhere / name / "mine")
+        kept[-1].parent.mkdir(parents=True)
+        kept[-1].write_text("my only copy")
+    shutil.rmtree(elsewhere / "step-1")
+    kept.pop(0)
+    (out / "step-1").rename(elsewhere / "step-1")
+    shutil.rmtree(out / "final")
+    (out / "step-2").symlink_to(elsewhere / "missing")
+    for name in ("step-1", "step-2.tmp", "final", "final.tmp", "nothing"):
+        (out / name).symlink_to(elsewhere / name)
+    (out / "config.json.tmp").symlink_to(elsewhere / "config.json.tmp/mine")
+    run(pair, out, steps=2, save_every=1, keep=1, resume="true")
+    assert steps_of(out) == ["step-2"] and not (out / "step-2").is_symlink() and not (out / "final").is_symlink()
+    assert not (out / "config.json").is_symlink() and (elsewhere / "step-1/state.json").exists()
+    (out / "step-9").symlink_to(elsewhere / "step-1")
+    run(pair, out, steps=1, overwrite="true")
+    assert not (out / "step-9").is_symlink() and (elsewhere / "step-1/state.json").exists()
+    assert all(path.read_text() == "my only copy" for path in kept)
+
+
+def test_nodes_with_a_folder_each_are_told_that_it_must_be_shared(pair, tmp_path):
+    """Rank 1 found no checkpoint, or rank 0's was all that there was."""
+
+    def one_rank(rank):
+        os.makedirs(tmp_path / f"node{rank}")
+        os.chdir(tmp_path / f"node{rank}")
+        files.TOKEN_SECONDS = 1
+        train.main(parse(TrainConfig, flags(pair, "out")))
+
+    assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 1
+    assert "train.py: rank 1: --out out is not on a disk that all nodes share" in (tmp_path / "log").read_text()
+
+
 def test_files_of_others_stay_where_they_are(tmp_path):
     (tmp_path / "thesis.tmp").write_text("my only copy")
     files.claim_folder(tmp_path, "config.json", overwrite=True).release()
