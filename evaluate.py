@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 import rollout
 from policy import choose_attention_kernels, context_of
-from support import report, toy
+from support import checkpoint, report, toy
 from support.common import (
     barrier,
     gather,
@@ -43,7 +43,7 @@ from support.common import (
     versions,
     world_size,
 )
-from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
+from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks, same_on_all_ranks
 from support.files import append_jsonl, check_is_shared, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
@@ -214,6 +214,7 @@ def prepare(cfg, device):
     from transformers import AutoConfig
 
     model, label = choose_model(cfg.model)
+    checkpoint.check(model)
     options = {"trust_remote_code": cfg.trust_remote_code, "template": cfg.template}
     tokenizer, vocabulary = load_tokenizer({"student": model}, **options)
     config = pretrained(AutoConfig, model, trust_remote_code=cfg.trust_remote_code)
@@ -251,6 +252,7 @@ def run(cfg):
     print0(f"{cfg.model}: {samples} {len(prompts)} problems, {cfg.max_response} tokens at most{cut}")
     print0(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
     out = Path(cfg.out)
+    same_on_all_ranks(identity)
     check_is_shared(out)
     lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
     barrier()

@@ -34,9 +34,10 @@ from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES, TrainConfig, command_li
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before the imports below, which take seconds: --help and a wrong flag answer at once
 
+import hashlib
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ from policy import (
 )
 from support import checkpoint, metrics, plot, report, trace
 from support.common import (
+    ROOT,
     StopSignal,
     hide_progress_bars,
     ignore_output_errors,
@@ -72,9 +74,10 @@ from support.common import (
     print0,
     rank,
     seed_for,
+    versions,
     world_size,
 )
-from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
+from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks, same_on_all_ranks
 from support.files import EVALUATIONS, METRICS, TRACE, check_is_shared
 from support.server_teacher import ServerTeacher
 from support.statistics import metrics as evaluation_metrics
@@ -357,6 +360,7 @@ def train(run, cfg):
 def setup(cfg) -> Run:
     # on_all_ranks(f, ...) calls f on every rank. If it fails on one, all ranks exit (SystemExit) with that error in one line.
     device = on_all_ranks(init_device, cfg)
+    same_on_all_ranks(settings_and_code(cfg))
     on_all_ranks(check_is_shared, Path(cfg.out))
 
     # Fail early: check everything before a model loads or a file is written.
@@ -367,12 +371,15 @@ def setup(cfg) -> Run:
     paths = model_paths(cfg)
     if resume_from:
         paths["student"] = str(resume_from)
+    for path in paths.values():
+        on_all_ranks(checkpoint.check, path)
     options = {"trust_remote_code": cfg.trust_remote_code, "merge_stops": cfg.merge_stops, "template": cfg.template}
     tokenizer, vocabulary = on_all_ranks(load_tokenizer, paths, **options)
     on_all_ranks(check_sizes, cfg, paths, vocabulary)
     train_prompts, held_out = on_all_ranks(data.load_problems, cfg, tokenizer, vocabulary.size)
-    on_all_ranks(checkpoint.check_data, resume_from, train_prompts.digest)
     model_files = on_all_ranks(checkpoint.model_files, paths["student"], vocabulary.stop_ids)
+    same_on_all_ranks(data_and_tokenizer(train_prompts, held_out, model_files, vocabulary))
+    on_all_ranks(checkpoint.check_data, resume_from, train_prompts.digest)
     lock = on_all_ranks(checkpoint.claim, cfg)  # from here on, --out belongs to this run
     keep_tracebacks_in(Path(cfg.out))
     start = checkpoint.number(resume_from) if resume_from else 0
@@ -381,7 +388,11 @@ def setup(cfg) -> Run:
 
     losses.FUSED = uses_compile(cfg)
     teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device, train_prompts)
+    on_all_ranks(checkpoint.check_teacher, resume_from, cfg, teacher.digest)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
+    # FSDP gives each rank a part of what that rank has loaded: a model of two revisions, if the ranks' files differ.
+    loaded = {"the weights of --student": policy.digest, "the weights of --teacher": teacher.digest}
+    same_on_all_ranks(loaded | {"the config of --teacher": teacher.config})
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **adamw)
     if resume_from:
@@ -398,6 +409,29 @@ def setup(cfg) -> Run:
         device, tokenizer, vocabulary, train_prompts, held_out, policy, teacher, optimizer, sampler, logger, stop, lock,
         model_files, bar, step=start, saved=start if resume_from else None,
     )  # fmt: skip
+
+
+# What all ranks must have alike, whichever node they are on, besides the weights that they load
+
+
+def settings_and_code(cfg) -> dict:
+    per_node = ("device", "threads", "teacher_url")  # may suit the node
+    found = {f"--{name}": x for name, x in asdict(cfg).items() if name not in per_node}
+    found |= {f"the version of {name}": versions()[name] for name in ("torch", "transformers", "vllm")}
+    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+    return found | {"the code": data.digest([[path.name, path.read_text()] for path in files])}
+
+
+def data_and_tokenizer(train_prompts, held_out, model_files, vocabulary) -> dict:
+    """model_files: {name: content} of the student's, as checkpoint.model_files returns them."""
+    found = {"--data's prompts": train_prompts.digest}
+    for name, prompts in held_out.items():
+        found[f"the problems of {name}"] = data.digest([[problem.id, ids, problem.answer] for problem, ids in prompts])
+    # Of a hub model's other files, a node's cache may have more or fewer.
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
+        found[f"--student's {name}"] = hashlib.blake2b(model_files.get(name, b"")).hexdigest()
+    shared = [vocabulary.size, vocabulary.stop_ids, vocabulary.merged, sorted(vocabulary.newline_ids)]
+    return found | {"the vocabulary of student and teacher": data.digest(shared)}
 
 
 def check_sizes(cfg, paths, vocabulary):
@@ -478,8 +512,9 @@ def evaluate_student(run, cfg) -> dict:
 def save(run, cfg):
     if run.step == run.saved:
         return
-    weights, digest = full_weights(run.policy), run.train_prompts.digest
-    checkpoint.save(Path(cfg.out), run.step, weights, run.model_files, run.policy, run.optimizer, cfg, digest)
+    weights = full_weights(run.policy)
+    inputs = {"data": run.train_prompts.digest, "teacher": run.teacher.digest}
+    checkpoint.save(Path(cfg.out), run.step, weights, run.model_files, run.policy, run.optimizer, cfg, inputs)
     run.saved = run.step
 
 

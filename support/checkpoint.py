@@ -69,11 +69,12 @@ def find(cfg) -> Path | None:
         raise ValueError(
             f"--resume: {out} holds no complete checkpoint; with --resume auto the run starts from the beginning"
         )
-    saved = json.loads(config.read_text()) if config.exists() else {}
+    saved = read_json(config) if config.exists() else {}
     for name, new in asdict(cfg).items():
         old = saved.get(name, new)
-        if old != new and not may_change(name):
-            raise ValueError(f"--resume: {out} was run with --{name} {old!r}, not {new!r}")
+        if old != new and not may_change(name) and name not in ("teacher", "data"):  # these are known by their content
+            hint = ". It goes on from its checkpoint, even if that folder has moved" if name == "student" else ""
+            raise ValueError(f"--resume: {out} was run with --{name} {old!r}, not {new!r}{hint}")
     return newest
 
 
@@ -96,6 +97,18 @@ def check_data(resume_from, data_digest):
         raise ValueError(
             "--resume: the training prompts are not those that the run began with: has --data's file changed?"
         )
+
+
+def check_teacher(resume_from, cfg, digest):
+    """ValueError if the checkpoint was made with another teacher. digest: of its weights; None for a server's, which is not compared."""
+    state = read_state(resume_from) if resume_from else {}
+    before = state.get("teacher")
+    if not before or not digest or before == digest:
+        return
+    if (
+        before.split()[0] == digest.split()[0] or state["config"]["teacher"] != cfg.teacher
+    ):  # bf16, on a GPU, has another digest
+        raise ValueError(f"--resume: the weights of --teacher {cfg.teacher} are not those that the run began with")
 
 
 def claim(cfg):
@@ -135,12 +148,12 @@ def model_files(path, stop_ids) -> dict[str, bytes]:
     return files
 
 
-def save(out, step, weights, files, policy, optimizer, cfg, data_digest):
+def save(out, step, weights, files, policy, optimizer, cfg, inputs):
     """Writes OUT/step-N, which gets its name when all of it is on the disk. All ranks call it, and exit in one line if it fails.
 
-    weights: the student's (name, full tensor) pairs, over which all ranks must iterate together. files: from model_files. The
-    disk never holds more than cfg.keep checkpoints, this one included, except with cfg.keep 1: the old one goes when the new
-    one is complete.
+    weights: the student's (name, full tensor) pairs, over which all ranks must iterate together. files: from model_files.
+    inputs: digests of "data" and "teacher". The disk never holds more than cfg.keep checkpoints, this one included, except
+    with cfg.keep 1: the old one goes when the new one is complete.
     """
     tmp, final = out / f"step-{step}.tmp", out / f"step-{step}"
     on_all_ranks(make_room, out, cfg.keep, tmp, files)
@@ -148,7 +161,7 @@ def save(out, step, weights, files, policy, optimizer, cfg, data_digest):
     on_all_ranks(give_up_after, errors, tmp, final)
     names = files_of(tmp)
     digests = gather({name: digest(tmp / name) for name in names[rank() :: world_size()]})
-    state = {"step": step, "data": data_digest, "config": asdict(cfg), "versions": versions()}
+    state = {"step": step, **inputs, "config": asdict(cfg), "versions": versions()}
     state["files"] = {name: x for part in digests for name, x in part.items()}
     on_all_ranks(publish, tmp, final, state, cfg.keep)
 
@@ -257,15 +270,51 @@ def publish(tmp, final, state, keep):
 
 def read_state(folder) -> dict:
     """state.json of a checkpoint. ValueError if it is damaged or of an older version of this code."""
+    state = read_json(folder / STATE)
     try:
-        state = json.loads((folder / STATE).read_text())
         return state | {"files": state["files"]}
-    except ValueError as error:
-        raise ValueError(f"{folder / STATE} is damaged: {error}") from error
     except KeyError:
         raise ValueError(
             f"{folder} was written by an older version of this code; only that version can read it"
         ) from None
+
+
+def read_json(path) -> dict:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {one_line(error)}") from error
+
+
+def check(folder):
+    """ValueError if a checkpoint's files are missing or damaged, with the older one that --resume could use. A collective.
+
+    Each rank reads its share of the files. Other folders have no state.json, and nothing to compare with.
+    """
+    folder = Path(folder)
+    faults = gather(fault_of(folder, rank(), world_size()) if (folder / STATE).exists() else None)
+    if any(faults):
+        there = complete(folder.parent)
+        older = there[: there.index(folder)] if folder in there else []
+        whole = next((path for path in reversed(older) if not fault_of(path)), None)
+        remedy = f"to go on with --resume from {whole}, which is whole, delete {folder}"
+        raise ValueError(f"{next(filter(None, faults))}; {remedy if whole else 'there is no older one that is whole'}")
+
+
+def fault_of(folder, part=0, parts=1) -> str | None:
+    """What is wrong with this part of a checkpoint's files; None if nothing is."""
+    try:
+        expected = read_state(folder)["files"]
+        for name in files_of(folder):
+            if name.endswith(".safetensors") and name not in expected:  # transformers might read it instead of ours
+                return f"{folder / name} is not a file of this checkpoint"
+        for name in sorted(expected)[part::parts]:
+            if not (folder / name).exists():
+                return f"{folder / name} is missing"
+            if digest(folder / name) != expected[name]:
+                return f"{folder / name} is damaged: its size or digest is not that of {STATE}"
+    except (OSError, ValueError) as error:
+        return one_line(error)
 
 
 def restore_optimizer(folder, policy, optimizer):

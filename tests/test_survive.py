@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,21 +32,26 @@ from helpers import (
     launch,
     metrics,
     outcome,
+    questions,
+    refused,
     run,
     same,
     start,
     start_child,
+    start_ranks,
     steps_of,
+    train_on,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import data
+import evaluate
 import policy
 import rollout
 import train
-from configs import TOPK_LOSSES, TrainConfig, parse
+from configs import TOPK_LOSSES, EvalConfig, TrainConfig, parse
 from rollout import Rollout
-from support import checkpoint, common, toy
+from support import checkpoint, common, errors, toy
 from support.common import StopSignal
 from support.files import append_jsonl, read_jsonl
 
@@ -339,6 +345,181 @@ def test_folders_that_cannot_be_written_are_one_line(pair, tmp_path, monkeypatch
 
 
 # -----------------------------------------------------------------------------
+# checkpoints that are not whole, other inputs than before
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "model-00002.safetensors": (Path.unlink, "is missing"),
+    "model-00001.safetensors": (cut, "is damaged: its size or digest is not that of state.json"),
+    "optimizer/*.safetensors": (flip, "is damaged: its size or digest is not that of state.json"),
+    "tokenizer.json": (flip, "is damaged"),
+    "state.json": (lambda path: path.write_text(""), "is damaged"),
+}
+
+
+@pytest.mark.parametrize("pattern", DAMAGES)
+def test_a_damaged_checkpoint_is_named_with_the_older_one_that_is_whole(straight, tmp_path, pattern):
+    """Half of the weights were made up, or there was a traceback."""
+    out = cut_back(straight, tmp_path / "a", 4)
+    damage, message = DAMAGES[pattern]
+    file = min((out / "step-4").glob(pattern))
+    damage(file)
+    (out / "step-3/tokenizer.json").unlink()  # also damaged: what is proposed has been looked at
+    message = f"{file} {message}.*; to go on with --resume from {out}/step-2, which is whole, delete {out}/step-4"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check(out / "step-4")
+
+
+def test_a_damaged_checkpoint_is_not_resumed_from(pair, straight, tmp_path):
+    out = cut_back(straight, tmp_path / "a", 4)
+    cut(out / "step-4/model-00002.safetensors")
+    refused(
+        flags(pair, out, resume="true", **OPTIONS), "step-4/model-00002.safetensors is damaged.*step-3, which is whole"
+    )
+    shutil.rmtree(out / "step-4")
+    assert finished(flags(pair, out, resume="true", **OPTIONS)) == 0 and same(out, straight)
+
+
+def test_a_damaged_checkpoint_is_no_student_and_is_not_evaluated(pair, straight, tmp_path):
+    folder = shutil.copytree(straight / "step-5", tmp_path / "copy")
+    checkpoint.check(folder)
+    shutil.copy(
+        Path(pair[1]) / "model.safetensors", folder
+    )  # transformers would read it instead of the checkpoint's files
+    message = "copy/model.safetensors is not a file of this checkpoint; there is no older one that is whole"
+    refused(flags((pair[0], folder), tmp_path / "run"), message)
+    with pytest.raises(SystemExit, match=message):
+        evaluate.main(parse(EvalConfig, ["--model", str(folder), "--data", "toy", "--out", str(tmp_path / "ev")]))
+
+
+def test_two_ranks_share_the_look_at_a_checkpoint(straight, tmp_path, monkeypatch):
+    out = cut_back(straight, tmp_path / "a", 5)
+    (out / "step-5/tokenizer.json").unlink()
+    faults = [checkpoint.fault_of(out / "step-5", part, 2) for part in range(2)]
+    assert sorted(map(bool, faults)) == [False, True]
+    monkeypatch.setattr(checkpoint, "gather", lambda mine: faults)
+    with pytest.raises(ValueError, match="tokenizer.json is missing; .*step-4, which is whole"):  # on both ranks
+        checkpoint.check(out / "step-5")
+
+
+def test_a_teacher_and_data_that_moved_are_known_by_their_content(pair, straight, tmp_path):
+    out = cut_back(straight, tmp_path / "a", 4)
+    teacher = shutil.copytree(pair[0], tmp_path / "moved")
+    assert finished(flags((teacher, pair[1]), out, resume="true", **OPTIONS)) == 0 and same(out, straight)
+
+
+def test_another_teacher_under_the_same_name_is_refused_on_resume(pair, straight, tmp_path):
+    """It went on with the new teacher without a word."""
+    mine = shutil.copytree(pair[0], tmp_path / "teacher")
+    out = tmp_path / "run"
+    train.main(parse(TrainConfig, flags((mine, pair[1]), out, steps=1)))
+    weights = load_file(mine / "model.safetensors")
+    weights["model.norm.weight"] += 0.1
+    save_file(weights, mine / "model.safetensors", {"format": "pt"})
+    refused(
+        flags((mine, pair[1]), out, steps=2, resume="true"), "the weights of --teacher .* are not those that the run"
+    )
+
+
+def test_a_student_folder_that_moved_is_not_needed_on_resume(pair, tmp_path):
+    student, out = shutil.copytree(pair[1], tmp_path / "student"), tmp_path / "run"
+    train.main(parse(TrainConfig, flags((pair[0], student), out, steps=1)))
+    student.rename(tmp_path / "moved")
+    moved = flags((pair[0], tmp_path / "moved"), out, steps=2, resume="true")
+    refused(moved, "was run with --student '.*/student', not .*moved'. It goes on from its checkpoint, even if")
+    train.main(parse(TrainConfig, flags((pair[0], student), out, steps=2, resume="true")))
+
+
+# -----------------------------------------------------------------------------
+# ranks
+
+
+def other_weights(folder):
+    weights = load_file(folder / "student/model.safetensors")
+    weights["model.embed_tokens.weight"][5, 7] += 0.01
+    save_file(weights, folder / "student/model.safetensors", {"format": "pt"})
+
+
+def other_data(folder):
+    questions(folder / "q.jsonl", 5)
+
+
+UNEQUAL = {"the weights of --student": other_weights, "--data's prompts": other_data, "--lr": lambda folder: None}
+
+
+@pytest.mark.parametrize("what", UNEQUAL)
+def test_nodes_with_other_files_or_flags_end_in_one_line_that_says_which(pair, tmp_path, what):
+    """Each rank gave its shards of its own model: half of one revision, and half of another."""
+    for node in ("node0", "node1"):
+        shutil.copytree(pair[1], tmp_path / node / "student")
+        questions(tmp_path / node / "q.jsonl", 4)
+    UNEQUAL[what](tmp_path / "node1")
+    argv = flags((pair[0], "student"), tmp_path / "out", data="q.jsonl", max_prompt=200, steps=1)
+
+    def one_rank(rank):
+        os.chdir(tmp_path / f"node{rank}")
+        train_on(argv + ["--lr", str(0.1 + rank)] if what == "--lr" else argv)
+
+    assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 1
+    host = re.escape(socket.gethostname())
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if line.startswith("train.py:")]
+    assert len(lines) == 1 and re.search(
+        rf"not the same as on rank 0 \({host}\): {what} on rank 1 \({host}\)$", lines[0]
+    )
+    assert not steps_of(tmp_path / "out")
+
+
+def test_what_differs_is_said_for_every_rank(monkeypatch):
+    everyones = [("a", {"x": 1, "y": 1}), ("b", {"x": 2, "y": 1}), ("b", {"x": 2})]
+    monkeypatch.setattr(errors, "gather", lambda mine: everyones)
+    with pytest.raises(SystemExit, match=r"rank 0 \(a\): x on rank 1 \(b\), 2 \(b\); y on rank 2 \(b\)$"):
+        errors.same_on_all_ranks({})
+    everyones[1:] = everyones[:1]
+    errors.same_on_all_ranks({})
+
+
+def test_settings_that_suit_a_node_may_differ():
+    first, second = (parse(TrainConfig, ["--preset", "tiny", "--threads", str(n)]) for n in (1, 2))
+    assert train.settings_and_code(first) == train.settings_and_code(second)
+
+
+def test_an_error_on_another_rank_says_on_which(monkeypatch):
+    monkeypatch.setattr(errors, "gather", lambda mine: [None, "no such file: d.jsonl"])
+    with pytest.raises(SystemExit, match="^rank 1: no such file: d.jsonl$"):
+        errors.on_all_ranks(lambda: None)
+
+
+def test_a_rank_that_waits_for_others_in_vain_says_so(monkeypatch):
+    """Left by a container or a notebook: WORLD_SIZE without the other ranks. It waited for a day."""
+    monkeypatch.setattr(common, "PATIENCE", common.timedelta(seconds=1))
+    address = dict(RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(random.randint(20000, 60000)))
+    for name, value in ({"WORLD_SIZE": "2"} | address).items():
+        monkeypatch.setenv(name, value)
+    argv = ["--preset", "tiny", "--device", "cpu"]
+    refused(argv, "WORLD_SIZE is 2, but not all of the ranks came within 1 s: start them all with torchrun, or unset")
+    monkeypatch.delenv("MASTER_ADDR")
+    refused(argv, "WORLD_SIZE is 2, .* MASTER_ADDR expected, but not set")
+
+
+@pytest.mark.parametrize("program, cls", [("train.py", TrainConfig), ("evaluate.py", EvalConfig)])
+def test_windows_is_one_line(monkeypatch, program, cls):
+    """It has neither SIGHUP nor a flush of folders."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=f"^{program}: Linux and macOS only"):
+        parse(cls, [])
+
+
+# -----------------------------------------------------------------------------
 # bad numbers, degenerate rollouts
 
 
@@ -385,14 +566,15 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
     assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0 and "loss" not in rows[0]
 
 
-def test_a_closed_terminal_stops_a_run_as_a_sigterm_does(pair, tmp_path):
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_slurms_warning_stop_a_run_as_a_sigterm_does(pair, tmp_path, signum):
     """modelscope/ms-swift#5884, hiyouga/LlamaFactory#3036: torchrun sends its ranks SIGHUP, even under nohup."""
     out, log = tmp_path / "run", tmp_path / "log"
     child = start(flags(pair, out, **SMALL | dict(steps=99, save_every=0)), slow_sampling, log)
     while not (out / "metrics.jsonl").exists() or not metrics(out):
         time.sleep(0.01)
-    os.kill(child.pid, signal.SIGHUP)
-    assert join([child]) == 0 and "stopped by SIGHUP after step" in log.read_text()
+    os.kill(child.pid, signum)
+    assert join([child]) == 0 and f"stopped by {signum.name} after step" in log.read_text()
     assert checkpoint.latest(out).name == f"step-{len(metrics(out))}"
 
 
