@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from gating import segment_lengths
 from support import toy
-from support.common import one_rank_at_a_time, print0, seed_for
+from support.common import digest, one_rank_at_a_time, print0, seed_for
 from support.errors import one_line
 from support.vocabulary import Vocabulary
 
@@ -450,10 +450,6 @@ def shuffled(n: int, seed: str) -> list[int]:
     order = list(range(n))
     random.Random(seed).shuffle(order)
     return order
-
-
-def digest(parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def load_problems(cfg, tokenizer, vocab):

@@ -43,10 +43,11 @@ from support.common import (
     versions,
     world_size,
 )
-from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks, same_on_all_ranks
+from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
 from support.files import append_jsonl, check_is_shared, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
+from support.ranks import same_on_all_ranks
 from support.statistics import read_rows, summary
 from support.vocabulary import load_tokenizer, pretrained
 

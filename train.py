@@ -34,10 +34,9 @@ from configs import FULL_VOCABULARY_LOSSES, TOPK_LOSSES, TrainConfig, command_li
 if __name__ == "__main__":
     cfg = parse(TrainConfig)  # before the imports below, which take seconds: --help and a wrong flag answer at once
 
-import hashlib
 import math
 import random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,7 +65,6 @@ from policy import (
 )
 from support import checkpoint, metrics, plot, report, trace
 from support.common import (
-    ROOT,
     StopSignal,
     hide_progress_bars,
     ignore_output_errors,
@@ -74,11 +72,11 @@ from support.common import (
     print0,
     rank,
     seed_for,
-    versions,
     world_size,
 )
-from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks, same_on_all_ranks
+from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
 from support.files import EVALUATIONS, METRICS, TRACE, check_is_shared
+from support.ranks import data_and_tokenizer, same_on_all_ranks, settings_and_code
 from support.server_teacher import ServerTeacher
 from support.statistics import metrics as evaluation_metrics
 from support.statistics import summary
@@ -409,29 +407,6 @@ def setup(cfg) -> Run:
         device, tokenizer, vocabulary, train_prompts, held_out, policy, teacher, optimizer, sampler, logger, stop, lock,
         model_files, bar, step=start, saved=start if resume_from else None,
     )  # fmt: skip
-
-
-# What all ranks must have alike, whichever node they are on, besides the weights that they load
-
-
-def settings_and_code(cfg) -> dict:
-    per_node = ("device", "threads", "teacher_url")  # may suit the node
-    found = {f"--{name}": x for name, x in asdict(cfg).items() if name not in per_node}
-    found |= {f"the version of {name}": versions()[name] for name in ("torch", "transformers", "vllm")}
-    files = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
-    return found | {"the code": data.digest([[path.name, path.read_text()] for path in files])}
-
-
-def data_and_tokenizer(train_prompts, held_out, model_files, vocabulary) -> dict:
-    """model_files: {name: content} of the student's, as checkpoint.model_files returns them."""
-    found = {"--data's prompts": train_prompts.digest}
-    for name, prompts in held_out.items():
-        found[f"the problems of {name}"] = data.digest([[problem.id, ids, problem.answer] for problem, ids in prompts])
-    # Of a hub model's other files, a node's cache may have more or fewer.
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
-        found[f"--student's {name}"] = hashlib.blake2b(model_files.get(name, b"")).hexdigest()
-    shared = [vocabulary.size, vocabulary.stop_ids, vocabulary.merged, sorted(vocabulary.newline_ids)]
-    return found | {"the vocabulary of student and teacher": data.digest(shared)}
 
 
 def check_sizes(cfg, paths, vocabulary):

@@ -1,6 +1,5 @@
 """Errors that end a run: one line on stderr for a mistake of the user, and a kept traceback for all others."""
 
-import socket
 import sys
 import traceback
 from contextlib import contextmanager, suppress
@@ -116,22 +115,6 @@ def on_all_ranks(task, *args, **kwargs):
         first = next(i for i, e in enumerate(errors) if e)
         abort(f"rank {first}: {errors[first]}" if first else errors[0])
     return result
-
-
-def same_on_all_ranks(found):
-    """Ends all ranks in one line that says what differs where, unless `found` {what: a value or digest} is equal on all of them.
-
-    Each rank reads its own copies of code, data and models. Taking rank 0's would hide that another node has other files.
-    """
-    everyones = gather((socket.gethostname(), found))
-    host0, expected = everyones[0]
-    differing = []
-    for what in {what: None for _, theirs in everyones for what in theirs}:
-        ranks = [i for i, (_, theirs) in enumerate(everyones) if theirs.get(what) != expected.get(what)]
-        places = ", ".join(f"{i} ({everyones[i][0]})" for i in ranks)
-        differing += [f"{what} on rank {places}"] if ranks else []
-    if differing:
-        abort(f"not the same as on rank 0 ({host0}): {'; '.join(differing)}")
 
 
 def draw_or_warn(draw, *args):

@@ -51,7 +51,7 @@ import rollout
 import train
 from configs import TOPK_LOSSES, EvalConfig, TrainConfig, parse
 from rollout import Rollout
-from support import checkpoint, common, errors, toy
+from support import checkpoint, common, errors, ranks, toy
 from support.common import StopSignal
 from support.files import append_jsonl, read_jsonl
 
@@ -481,16 +481,16 @@ def test_nodes_with_other_files_or_flags_end_in_one_line_that_says_which(pair, t
 
 def test_what_differs_is_said_for_every_rank(monkeypatch):
     everyones = [("a", {"x": 1, "y": 1}), ("b", {"x": 2, "y": 1}), ("b", {"x": 2})]
-    monkeypatch.setattr(errors, "gather", lambda mine: everyones)
+    monkeypatch.setattr(ranks, "gather", lambda mine: everyones)
     with pytest.raises(SystemExit, match=r"rank 0 \(a\): x on rank 1 \(b\), 2 \(b\); y on rank 2 \(b\)$"):
-        errors.same_on_all_ranks({})
+        ranks.same_on_all_ranks({})
     everyones[1:] = everyones[:1]
-    errors.same_on_all_ranks({})
+    ranks.same_on_all_ranks({})
 
 
 def test_settings_that_suit_a_node_may_differ():
     first, second = (parse(TrainConfig, ["--preset", "tiny", "--threads", str(n)]) for n in (1, 2))
-    assert train.settings_and_code(first) == train.settings_and_code(second)
+    assert ranks.settings_and_code(first) == ranks.settings_and_code(second)
 
 
 def test_an_error_on_another_rank_says_on_which(monkeypatch):
