@@ -135,8 +135,8 @@ def _finite(x: Tensor) -> Tensor:
 def head_logits(hidden, weight, bias, ids, *, temperature=1.0, vocab=None, merged=None, want_lse=True, chunk=None):
     """(z [N, K], lse [N]): logits / temperature at ids [N, K], and the logsumexp of all logits / temperature, with gradient.
 
-    want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z, so of ids that
-    enter one softmax at most one may be in it, as is so with those of head_topk.
+    want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z: two of them in
+    one softmax would count the outcome twice. head_topk returns at most one.
 
     FLOPs                                              forward       backward
         z alone (want_lse=False)                       2 N H K       4 N H K

@@ -14,7 +14,7 @@ A *step* samples one batch of rollouts and makes several optimizer *updates* on 
       --tau 1                    gate = exp(-tau |mean drift|)
     --prompts 4 --group 8      rollouts in a step: prompts x responses to each
     --epochs 2                 passes over them: rollout reuse
-      --minibatches 1            updates in each pass
+      --minibatches 1            updates in each pass (our choice: the paper does not say)
     --lr 2e-6 --steps 200      AdamW, constant
     --max_response 16384 --temperature 1 --top_p 0.9             sampling
 
@@ -100,10 +100,10 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 #                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K = 1 for losses that do not use them)
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #
-# To add a loss, put its name into configs.py. What else depends on what it needs of the teacher:
+# To add a loss, put its name into TrainConfig.loss in configs.py. What else depends on what it needs of the teacher:
 #   log q(y_t)              a branch in base_loss, like opd's
 #   its top-K tokens        the name into TOPK_LOSSES, and a branch before the last line of base_loss
-#   its whole distribution  the name into FULL_VOCABULARY_LOSSES, and a line in student_outputs that calls your losses.head_kl
+#   its whole distribution  the name into FULL_VOCABULARY_LOSSES, and a branch in student_outputs with your own losses.head_kl
 
 
 def student_outputs(policy, batch, cfg, teacher_head=None) -> dict:
@@ -261,7 +261,7 @@ def main(cfg):
 
 
 def train(run, cfg):
-    """The loop. It ends after cfg.steps steps, or earlier where a signal asks for it."""
+    """The loop. It ends after cfg.steps steps, or earlier if a signal asks for it, updates fail, or the sampler is out of step."""
     policy, teacher, sampler, optimizer = run.policy, run.teacher, run.sampler, run.optimizer
     n_bad = 0  # updates in a row that were skipped
     run.stop.listen()
@@ -388,7 +388,7 @@ def setup(cfg) -> Run:
     teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device, train_prompts)
     on_all_ranks(checkpoint.check_teacher, resume_from, cfg, teacher.digest)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
-    # FSDP gives each rank a part of what that rank has loaded: a model of two revisions, if the ranks' files differ.
+    # FSDP gives each rank a part of what that rank has loaded. If the ranks' files differed, the model would be of two revisions.
     loaded = {"the weights of --student": policy.digest, "the weights of --teacher": teacher.digest}
     same_on_all_ranks(loaded | {"the config of --teacher": teacher.config})
     adamw = {"lr": cfg.lr, "betas": (0.9, cfg.beta2), "weight_decay": cfg.weight_decay, "fused": device.type == "cuda"}
@@ -511,7 +511,7 @@ def finish(run, cfg):
             print0(report.end_table(cfg))
     if run.lock:
         run.lock.release()
-    if dist.is_initialized():  # also in a single process, once vLLM has made a group of its own
+    if dist.is_initialized():  # also in a single process: init_device makes a group on a GPU, and vLLM may make its own
         dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
         dist.destroy_process_group()
 
