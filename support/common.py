@@ -54,10 +54,9 @@ def init_device(cfg) -> torch.device:
 
 def meet_other_ranks():
     """(store, rank, world size) of the group that the environment describes. ValueError if not all ranks come."""
-    try:  # torchrun has started the others for sure
-        return next(
-            dist.rendezvous("env://", timeout=timedelta(days=1) if dist.is_torchelastic_launched() else PATIENCE)
-        )
+    patience = timedelta(days=1) if dist.is_torchelastic_launched() else PATIENCE  # torchrun starts all of them
+    try:
+        return next(dist.rendezvous("env://", timeout=patience))
     except (ValueError, RuntimeError) as error:
         why = f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but not all of the ranks came within {PATIENCE.seconds} s"
         raise ValueError(f"{why}: start them all with torchrun, or unset WORLD_SIZE ({error})") from None
