@@ -89,7 +89,7 @@ class TrainConfig:
     top_p: float = arg(0.9, "nucleus sampling, in (0, 1]", high=1)
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "what samples: vllm, or hf, transformers' generate(); auto: vllm on a GPU, hf on a CPU", may_change=True)
-    tp: int = arg(1, "vllm: let so many neighbouring ranks share one engine, for a student too large for one GPU", low=1, may_change=True)
+    tp: int = arg(1, "vllm: let this many neighbouring ranks share one engine, for a student too large for one GPU", low=1, may_change=True)
     vllm_memory: float = arg(0.55, "vllm: the share of a GPU's memory that it may take, in (0, 1]", high=1, may_change=True)
 
     steps: int = arg(200, "rollout batches to sample", low=1, may_change=True, section="optimisation")
@@ -101,18 +101,18 @@ class TrainConfig:
     beta2: float = arg(0.999, "AdamW's beta2, in [0, 1)", low=0)
     weight_decay: float = arg(0.01, "AdamW's weight decay", low=0)
     grad_clip: float = arg(1.0, "scale a gradient with a larger norm down to this one; 0: off", low=0)
-    max_bad_updates: int = arg(10, "give up after so many updates in a row with a non-finite loss or gradient; 0: never", low=0, may_change=True)
+    max_bad_updates: int = arg(10, "give up after this many updates in a row with a non-finite loss or gradient; 0: never", low=0, may_change=True)
 
     eval_data: str = arg("auto", "held-out questions: as --data, comma-separated; empty: none; auto: the toy's for --data toy, else none", may_change=True, section="evaluation in the loop")
-    eval_every: int = arg(50, "evaluate every so many steps, before the first and after the last; 0: never", low=0, may_change=True)
-    eval_problems: int = arg(0, "take at most so many questions of each set; 0: all", low=0, may_change=True)
+    eval_every: int = arg(50, "evaluate every N steps, before the first and after the last; 0: never", low=0, may_change=True)
+    eval_problems: int = arg(0, "at most N questions of each set; 0: all", low=0, may_change=True)
     k: int = arg(8, "pass@k, from k responses to each question", low=1, may_change=True)
 
-    save_every: int = arg(50, "save a checkpoint every so many steps; 0: only after the last", low=0, may_change=True, section="saving and logging")
-    keep: int = arg(2, "keep so many checkpoints, the newest", low=1, may_change=True)
+    save_every: int = arg(50, "save a checkpoint every N steps; 0: only after the last", low=0, may_change=True, section="saving and logging")
+    keep: int = arg(2, "keep the N newest checkpoints", low=1, may_change=True)
     log: Literal["none", "wandb", "tensorboard"] = arg("none", "where metrics go besides metrics.jsonl", may_change=True)
-    sample_every: int = arg(10, "print a response every so many steps; 0: never", low=0, may_change=True)
-    trace_every: int = arg(0, "record a response's gates, token by token, every so many steps, for support.trace; 0: never", low=0, may_change=True)
+    sample_every: int = arg(10, "print a response every N steps; 0: never", low=0, may_change=True)
+    trace_every: int = arg(0, "record a response's gates, token by token, every N steps, for support.trace; 0: never", low=0, may_change=True)
 
     device: Literal["", "cpu", "cuda"] = arg("", "where to compute; by default on CUDA if torch finds it", may_change=True, section="the machine")
     micro_tokens: int = arg(16384, "most tokens in a forward pass, padding included: less takes less memory", low=1, may_change=True)
@@ -125,7 +125,7 @@ class TrainConfig:
 class EvalConfig:
     model: str = arg("", "what to evaluate: hub name, folder, toy or toy-teacher; by default the student of the run in out/ that finished last", section="model and data")
     data: str = arg("", "questions with answers: as for train.py, comma-separated; by default the paper's four benchmarks, or toy for the toy's models")
-    eval_problems: int = arg(0, "take at most so many questions of each set; 0: all", low=0)
+    eval_problems: int = arg(0, "at most N questions of each set; 0: all", low=0)
     template: str = arg("auto", TEMPLATE + ". Use the one of training")
     template_args: str = arg("{}", "switches of the chat template, as JSON, as in training")
     trust_remote_code: bool = arg(False, "let model repositories run their own Python")
@@ -138,7 +138,7 @@ class EvalConfig:
     sample_top_k: int = arg(0, "sample from this many most likely tokens; 0: all", low=0)
     seed: int = arg(0, "another seed gives other responses", low=0, high=2**63 - 1)
     rollout: Literal["auto", "vllm", "hf"] = arg("auto", "what samples: vllm, or hf, transformers' generate(); auto: vllm on a GPU, hf on a CPU")
-    tp: int = arg(1, "vllm: let so many neighbouring ranks share one engine, for a model too large for one GPU", low=1)
+    tp: int = arg(1, "vllm: let this many neighbouring ranks share one engine, for a model too large for one GPU", low=1)
     vllm_memory: float = arg(0.9, "vllm: the share of a GPU's memory that it may take, in (0, 1]", high=1)
     batch: int = arg(1024, "responses per rank between writes to disk; smaller loses less work if killed, larger is faster", low=1)
 

@@ -103,7 +103,7 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
         pairs = toy.problems(limit or (4096 if is_training else 256), seed if is_training else toy.HELD_OUT)
         return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
     base, _ = name_and_split(name)
-    can_mend = file_format(base) or not is_training  # a hub dataset trains without its unfit rows
+    is_strict = file_format(base) or not is_training  # only hub training data may lose rows
     problems, first_with, row_of_id, left_out = [], {}, {}, Counter()
     for number, row in read_rows(name, is_training):
         where = f"{name}, row {number}"
@@ -117,7 +117,7 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
         first_answer, first_number = first_with.setdefault(str(prompt), (answer, number))
         if answer != first_answer:
             fault = f"the question is that of row {first_number}, but the answer is {answer!r}, not {first_answer!r}"
-        if fault and can_mend:
+        if fault and is_strict:
             raise ValueError(f"{where}: {fault}")
         if fault or number != first_number:
             left_out["rows that are garbled or contradict another" if fault else "rows that repeat a question"] += 1
@@ -261,8 +261,8 @@ def question_and_answer(row, where) -> tuple[str | list[dict], str]:
         elif column in OPTION_COLUMNS and is_text and options_of(cell):
             options = options_of(cell)
         elif is_part(column, cell) and text_of(bare_question(cell) or "\0") not in asked:
-            remedy = "put it into the question, or drop the column if the question is whole without it"
-            raise ValueError(f"{where}: no prompt is made of its column {column}: {remedy}")
+            remedy = "move its content into the question, or drop the column if the question is complete without it"
+            raise ValueError(f"{where}: column {column} cannot go into a prompt: {remedy}")
     if options and answer:
         answer = letter_of(answer.strip(), options, where)
     lines = [f"{letter}. {option}" for letter, option in options.items()]
@@ -294,7 +294,9 @@ def letter_of(answer, options, where) -> str:
     if answer.isdecimal() and int(answer) < len(options):
         letters.add(list(options)[int(answer)])
     if len(letters) != 1:
-        raise ValueError(f"{where}: the answer {answer!r} is {'two' if letters else 'none'} of the options {options}")
+        raise ValueError(
+            f"{where}: the answer {answer!r} matches {'two' if letters else 'none'} of the options {options}"
+        )
     return letters.pop()
 
 

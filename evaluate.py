@@ -32,11 +32,11 @@ import rollout
 from policy import choose_attention_kernels, context_of
 from support import checkpoint, report, toy
 from support.common import (
-    barrier,
     gather,
     hide_progress_bars,
     ignore_output_errors,
     init_device,
+    leave_process_group,
     print0,
     rank,
     seed_for,
@@ -135,7 +135,9 @@ def evaluate(sampler, tokenizer, prompts, *, k, n=0, seed=0, batch=1024, **sampl
 
 
 def claim(folder: Path, identity: dict, overwrite: bool):
-    """Makes the folder this evaluation's, and returns its lock; ValueError if it holds the samples of another."""
+    """On rank 0, makes the folder this evaluation's, and returns its lock; ValueError if it holds the samples of another."""
+    if rank() > 0:
+        return None
     lock = claim_folder(folder, "identity.json", overwrite)
     path = folder / "identity.json"
     if not path.exists():
@@ -145,7 +147,7 @@ def claim(folder: Path, identity: dict, overwrite: bool):
         old, new = saved.get(name), identity.get(name)
         if name == "format" and old != new:
             raise ValueError(
-                f"{folder} was written by another version of this code, which alone can continue it: choose another --out"
+                f"{folder} was written by another version of this code, and only that version can continue it: choose another --out"
             )
         if old != new:
             raise ValueError(
@@ -169,7 +171,7 @@ def kept_rows(path, prompts, n, grader) -> dict:
     return kept
 
 
-def weights_digest(model, config) -> str | None:
+def files_digest(model, config) -> str | None:
     """Tells whether a model has changed: a digest of its folder's files, about 0.5 s for a GB; of a hub model, its commit."""
     files = sorted(file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin", ".json"))
     if not files:
@@ -207,15 +209,13 @@ def choose_model(name):
     return name, label
 
 
-def prepare(cfg, device):
-    """(cfg with its gaps filled, label, tokenizer, Vocabulary, [(benchmark, Problem, prompt ids)], identity, max_len). ValueError if wrong.
+def prepare(cfg, model, label, device):
+    """(cfg with its gaps filled, tokenizer, Vocabulary, [(benchmark, Problem, prompt ids)], identity, max_len). ValueError if wrong.
 
     The identity says what the samples depend on: a folder with another one is not used. max_len: of a prompt and its response.
     """
     from transformers import AutoConfig
 
-    model, label = choose_model(cfg.model)
-    checkpoint.check(model)
     options = {"trust_remote_code": cfg.trust_remote_code, "template": cfg.template}
     tokenizer, vocabulary = load_tokenizer({"student": model}, **options)
     config = pretrained(AutoConfig, model, trust_remote_code=cfg.trust_remote_code)
@@ -239,14 +239,17 @@ def prepare(cfg, device):
     cfg = replace(cfg, model=model, data=names, k=k, n=cfg.n or k, out=out)
     identity |= {name: x for name, x in asdict(cfg).items() if name not in NOT_IN_IDENTITY}
     identity |= {"rollout": rollout.choose(cfg.rollout, device.type)[0], "device": device.type, "cut by context": n_cut}
-    identity["weights"] = weights_digest(model, config) if rank() == 0 else None  # the others need no identity
-    return cfg, label, tokenizer, vocabulary, prompts, identity, min(context, longest + cfg.max_response)
+    identity["weights"] = files_digest(model, config)
+    return cfg, tokenizer, vocabulary, prompts, identity, min(context, longest + cfg.max_response)
 
 
 def run(cfg):
-    device = init_device(cfg)
+    # As in train.setup: on_all_ranks(f, ...) calls f on every rank, and all ranks end if it fails on one.
+    device = on_all_ranks(init_device, cfg)
     hide_progress_bars()
-    cfg, label, tokenizer, vocabulary, prompts, identity, max_len = prepare(cfg, device)
+    model, label = on_all_ranks(choose_model, cfg.model)
+    on_all_ranks(checkpoint.check, model)
+    cfg, tokenizer, vocabulary, prompts, identity, max_len = on_all_ranks(prepare, cfg, model, label, device)
     n_cut = sum(identity["cut by context"].values())
     cut = f", for {n_cut} problems only until the context of {max_len} is full" if n_cut else ""
     samples = f"{cfg.n} samples of" if cfg.temperature else "the most likely answer to each of"
@@ -254,21 +257,17 @@ def run(cfg):
     print0(f"first prompt: {tokenizer.decode(prompts[0][2])!r}")
     out = Path(cfg.out)
     same_on_all_ranks(identity)
-    check_is_shared(out)
-    lock = claim(out, identity, cfg.overwrite) if rank() == 0 else None
-    barrier()
+    on_all_ranks(check_is_shared, out)
+    lock = on_all_ranks(claim, out, identity, cfg.overwrite)
     keep_tracebacks_in(out)
 
     path = out / "samples.jsonl"
     with Grader() as grader:
-        rows = kept_rows(path, prompts, cfg.n, grader)
-    barrier()
-    jobs = jobs_of(prompts, cfg.n, rows)
-    if jobs:
-        print0("sampling with {}: {}".format(*rollout.choose(cfg.rollout, device.type)))
-        with Grader() as grader:
-            on_all_ranks(grader.check)
-            sampler = rollout.make_sampler(cfg, cfg.model, None, vocabulary, max_len=max_len)
+        on_all_ranks(grader.check)
+        jobs = jobs_of(prompts, cfg.n, on_all_ranks(kept_rows, path, prompts, cfg.n, grader))
+        if jobs:
+            print0("sampling with {}: {}".format(*rollout.choose(cfg.rollout, device.type)))
+            sampler = on_all_ranks(rollout.make_sampler, cfg, cfg.model, None, vocabulary, max_len=max_len)
             choose_attention_kernels(device)
             sampling = rollout.sampling_options(cfg) | {"seed": cfg.seed, "batch": cfg.batch}
             if cfg.temperature == 0:
@@ -278,10 +277,11 @@ def run(cfg):
                 if rank() == 0:
                     append_jsonl(path, fresh)
                 bar.update(len(fresh))
-        bar.close()
+            bar.close()
     if rank() == 0:
         finish(cfg, read_rows(path), out, label, identity)
         lock.release()
+    leave_process_group()
 
 
 def finish(cfg, rows, out, label, identity):

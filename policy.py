@@ -98,21 +98,21 @@ def load_policy(path, cfg, vocabulary, device, *, trainable):
     """
     from transformers import AutoConfig
 
-    hub_options = {"trust_remote_code": cfg.trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **hub_options)
-    file_dtype = config.dtype or torch.float32
-    text_config = config.get_text_config()  # the language part of a vision-language model; otherwise all of it
-    for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
-        if "drop" in name and isinstance(value, float):
-            setattr(text_config, name, 0.0)
-    dtype = torch.float32 if trainable else compute_dtype(device)
-    if cfg.kernels in ("liger", "both"):
-        patch_with_liger(text_config.model_type)
     # Making the mesh is a collective, so it stands outside the block in which the ranks take turns. init_device has made a process
     # group, of one for a single GPU; a single rank on a CPU has none.
     mesh = init_device_mesh(device.type, (world_size(),)) if dist.is_initialized() else None
     # Each rank holds the whole model in host memory until it has sharded it, which needs no communication.
     with one_rank_at_a_time():
+        hub_options = {"trust_remote_code": cfg.trust_remote_code}
+        config = AutoConfig.from_pretrained(path, **hub_options)
+        file_dtype = config.dtype or torch.float32
+        text_config = config.get_text_config()  # the language part of a vision-language model; otherwise all of it
+        for name, value in vars(text_config).items():  # dropout is always off: the gate would take it for drift
+            if "drop" in name and isinstance(value, float):
+                setattr(text_config, name, 0.0)
+        dtype = torch.float32 if trainable else compute_dtype(device)
+        if cfg.kernels in ("liger", "both"):
+            patch_with_liger(text_config.model_type)
         lm = load_lm(path, config=config, dtype=dtype, **hub_options)
         digest = weights_digest(lm)
         lm.requires_grad_(False)

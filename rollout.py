@@ -35,7 +35,7 @@ class Rollout:
 
 
 def sampling_options(cfg) -> dict:
-    """What sampler.sample() takes besides prompts and seeds, from a TrainConfig."""
+    """What sampler.sample() takes besides prompts and seeds, from either config."""
     return dict(max_tokens=cfg.max_response, temperature=cfg.temperature, top_p=cfg.top_p, top_k=cfg.sample_top_k)
 
 
@@ -184,7 +184,7 @@ class VLLMSampler:
     """A vLLM engine in this process, on this rank's device. All ranks build theirs together.
 
     max_len: tokens of prompt and response; 0: the model's context. memory: share of the GPU's. tp: so many neighbouring
-    ranks share an engine's work, and call sample and sync together. max_num_seqs: responses in work at once; vLLM's own
+    ranks share an engine's work, and call sample and sync together. max_num_seqs: responses in flight at once; vLLM's own
     default on a large GPU is 1024, and it sets memory aside for the logits of as many.
     """
 
@@ -245,7 +245,7 @@ class VLLMSampler:
         """Loads (name, full tensor) pairs, cast one at a time, and forgets the prefixes cached with the old weights."""
         if self.is_asleep:  # the cache stays out until the load is over
             self.llm.wake_up(["weights"])
-        # Never without an iterator: vLLM would load the files again, and sample from the first student for ever.
+        # Never without an iterator: vLLM would load the files again, and sample from the first student forever.
         pairs = ((name, weight.detach().to(self.dtype)) for name, weight in weights)
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": pairs})
         if not self.is_cuda:

@@ -36,6 +36,7 @@ if __name__ == "__main__":
 
 import math
 import random
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,9 +67,11 @@ from policy import (
 from support import checkpoint, metrics, plot, report, trace
 from support.common import (
     StopSignal,
+    gather,
     hide_progress_bars,
     ignore_output_errors,
     init_device,
+    leave_process_group,
     print0,
     rank,
     seed_for,
@@ -251,9 +254,11 @@ def main(cfg):
     run = setup(cfg)
     try:
         train(run, cfg)
-    except SystemExit:  # an error that all ranks have heard of, such as a teacher's server that is gone
-        if run.is_whole:
-            save(run, cfg)
+    except (Exception, SystemExit) as error:
+        # SystemExit: every rank knows of the error, such as a teacher's server that is gone. Of others only this one does.
+        if run.is_whole and (isinstance(error, SystemExit) or world_size() == 1):
+            with suppress(Exception, SystemExit):  # of the two errors, the first one is reported
+                save(run, cfg)
         raise
     finally:
         run.bar.close()
@@ -293,8 +298,7 @@ def train(run, cfg):
         # ---- The teacher scores, once for all epochs. Each rank gets its share of every minibatch, in equally many micro-batches.
         minibatches = data.make_minibatches(rollouts, cfg, step, run.vocabulary, run.device, rank(), world_size())
         micro_batches = [batch for minibatch in minibatches for batch in minibatch]
-        targets = on_all_ranks(teacher.targets, micro_batches)
-        for batch, batch_targets in zip(micro_batches, targets, strict=True):
+        for batch, batch_targets in zip(micro_batches, teacher.targets(micro_batches), strict=True):
             batch.teacher = batch_targets
         clock.lap("teacher")
 
@@ -337,7 +341,7 @@ def train(run, cfg):
         if not out_of_step <= bound:  # NaN, too
             abort(
                 f"the sampler is out of step with the trainer: their log-probs of the sampled tokens differ by "
-                f"{out_of_step:.2g} nats on average, over the bound of {bound:g}, at step {step}"
+                f"{out_of_step:.2g} nats on average, above the limit of {bound:g}, at step {step}"
             )
         run.logger.log(METRICS, row)
         if cfg.trace_every and (step - 1) % cfg.trace_every == 0:
@@ -384,8 +388,8 @@ def setup(cfg) -> Run:
     logger = on_all_ranks(metrics.Logger, cfg, start)
     print0(report.start_table(cfg, start, device, chosen_sampler, tokenizer, vocabulary, train_prompts, held_out))
 
-    losses.FUSED = uses_compile(cfg)
-    teacher = on_all_ranks(load_teacher, cfg, paths, tokenizer, vocabulary, device, train_prompts)
+    losses.FUSED = uses_compile(cfg)  # the head's passes are compiled, too
+    teacher = load_teacher(cfg, paths, tokenizer, vocabulary, device, train_prompts)
     on_all_ranks(checkpoint.check_teacher, resume_from, cfg, teacher.digest)
     policy = on_all_ranks(load_policy, paths["student"], cfg, vocabulary, device, trainable=True)
     # FSDP gives each rank a part of what that rank has loaded. If the ranks' files differed, the model would be of two revisions.
@@ -427,15 +431,18 @@ def check_sizes(cfg, paths, vocabulary):
 
 
 def load_teacher(cfg, paths, tokenizer, vocabulary, device, train_prompts):
+    def local_teacher(path):
+        return LocalTeacher(load_policy(path, cfg, vocabulary, device, trainable=False), cfg, device)
+
     if not cfg.teacher_url:
-        return LocalTeacher(load_policy(paths["teacher"], cfg, vocabulary, device, trainable=False), cfg, device)
-    server = ServerTeacher(cfg.teacher_url, cfg, tokenizer, vocabulary)
+        return on_all_ranks(local_teacher, paths["teacher"])
+    server = on_all_ranks(ServerTeacher, cfg.teacher_url, cfg, tokenizer, vocabulary)
     problem, prompt = train_prompts.prompts[0]
     answer = tokenizer(f"\\boxed{{{problem.answer}}}", add_special_tokens=False)["input_ids"] + vocabulary.stop_ids[:1]
     answer = answer[: cfg.max_response]
-    server.check_scores(prompt + answer)
-    if Path(cfg.teacher).is_dir():
-        local = LocalTeacher(load_policy(cfg.teacher, cfg, vocabulary, device, trainable=False), cfg, device)
+    on_all_ranks(server.check_scores, prompt + answer)
+    if all(gather(Path(cfg.teacher).is_dir())):
+        local = on_all_ranks(local_teacher, cfg.teacher)
         example = data.collate([rollout.Rollout(prompt, answer, [0.0] * len(answer), "stop")], cfg, vocabulary, device)
         compare_teachers(server, local, example, cfg)
     return server
@@ -476,7 +483,7 @@ def evaluate_student(run, cfg) -> dict:
         batches = [batch for minibatch in minibatches for batch in minibatch]
         with torch.no_grad():
             logp = [token_logprobs(run.policy, batch, cfg.temperature).cpu() for batch in batches]
-        targets = on_all_ranks(run.teacher.targets, batches)
+        targets = run.teacher.targets(batches)
         differences = [p - batch_targets["logq_sampled"] for p, batch_targets in zip(logp, targets, strict=True)]
         row[f"{prefix}/kl_sampled"] = metrics.mean_on_all_ranks(differences)
         if isinstance(run.teacher, LocalTeacher):
@@ -511,9 +518,7 @@ def finish(run, cfg):
             print0(report.end_table(cfg))
     if run.lock:
         run.lock.release()
-    if dist.is_initialized():  # also in a single process: init_device makes a group on a GPU, and vLLM may make its own
-        dist.barrier()  # a rank that leaves while another's gloo thread still cleans up can abort it
-        dist.destroy_process_group()
+    leave_process_group()
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def number(folder: Path) -> int:
 
 
 def find(cfg) -> Path | None:
-    """The checkpoint that this run goes on from; None if it starts. ValueError if --out holds another run, or it is damaged."""
+    """The checkpoint to resume from, or None to start afresh. ValueError if --out holds another run, or its config is damaged."""
     out = Path(cfg.out)
     config = out / CONFIG
     if cfg.resume == "false":
@@ -79,7 +79,7 @@ def find(cfg) -> Path | None:
 
 
 def has_begun(out) -> bool:
-    """Whether the folder of a run holds more than its setup leaves, if that fails, as on a teacher's server: start again then."""
+    """Whether the folder holds more than a failed setup leaves behind. If not, a run may start in it without --overwrite."""
     return any(path.is_dir() or (path.suffix == ".jsonl" and path.stat().st_size) for path in out.iterdir())
 
 
@@ -158,8 +158,8 @@ def save(out, step, weights, files, policy, optimizer, cfg, inputs):
     on_all_ranks(make_room, out, cfg.keep, tmp, files)
     errors = [save_weights(tmp, weights), save_optimizer(tmp / OPTIMIZER, policy, optimizer)]
     on_all_ranks(give_up_after, errors, tmp, final)
-    names = files_of(tmp)
-    digests = gather({name: digest(tmp / name) for name in names[rank() :: world_size()]})
+    names = sorted(set().union(*gather(files_of(tmp))))  # a network file system may show one node more than another
+    digests = gather(on_all_ranks(digests_of, tmp, names[rank() :: world_size()]))
     state = {"step": step, **inputs, "config": asdict(cfg), "versions": versions()}
     state["files"] = {name: x for part in digests for name, x in part.items()}
     on_all_ranks(publish, tmp, final, state, cfg.keep)
@@ -198,22 +198,28 @@ def save_weights(folder, weights):
         shard[name] = weight.detach().cpu().contiguous()
         size += weight.nbytes
     if rank() == 0 and not error:
+        index = {"metadata": {}, "weight_map": where}  # which save_shard completes
         error = save_shard(folder, shard, where)
-        index = {"metadata": {}, "weight_map": where}
-        if not error:
-            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+        error = error or error_of(
+            lambda: write_file(folder / "model.safetensors.index.json", json.dumps(index, indent=1))
+        )
     return error
 
 
 def save_shard(folder, shard, where):
     """Writes one file, and notes in `where` {weight: file} what it holds. Returns an error, or None."""
     file = f"model-{len(set(where.values())) + 1:05d}.safetensors"
+    error = error_of(lambda: save_file(shard, folder / file, {"format": "pt"}) or fsync(folder / file))
+    where |= dict.fromkeys(shard, file)
+    return error
+
+
+def error_of(write):
+    """The error of write(), or None."""
     try:
-        save_file(shard, folder / file, {"format": "pt"})
-        fsync(folder / file)
+        write()
     except (OSError, SafetensorError) as error:
         return error
-    where |= dict.fromkeys(shard, file)
 
 
 def optimizer_tensors(policy, optimizer):
@@ -310,7 +316,7 @@ def fault_of(folder, part=0, parts=1) -> str | None:
         for name in sorted(expected)[part::parts]:
             if not (folder / name).exists():
                 return f"{folder / name} is missing"
-            if digest(folder / name) != expected[name]:
+            if size_and_digest(folder / name) != expected[name]:
                 return f"{folder / name} is damaged: its size or digest is not that of {STATE}"
     except (OSError, ValueError) as error:
         return one_line(error)
@@ -332,7 +338,11 @@ def files_of(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != STATE)
 
 
-def digest(path) -> list:
+def digests_of(folder, names) -> dict:
+    return {name: size_and_digest(folder / name) for name in names}
+
+
+def size_and_digest(path) -> list:
     """[bytes, digest] of a file. xxHash reads several gigabytes a second, so that hashing costs little beside loading."""
     found, n = xxhash.xxh3_128(), 0
     with open(path, "rb") as file:

@@ -62,6 +62,13 @@ def meet_other_ranks():
         raise ValueError(f"{why}: start them all with torchrun, or unset WORLD_SIZE ({error})") from None
 
 
+def leave_process_group():
+    """All ranks together: one that leaves while another's gloo thread still cleans up can abort it."""
+    if dist.is_initialized():  # also in a single process: init_device makes a group on a GPU, and vLLM may make its own
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -19,7 +19,7 @@ METRICS = "metrics.jsonl"  # a row for each step
 EVALUATIONS = "evaluations.jsonl"  # a row for each evaluation in the loop
 TRACE = "trace.jsonl"  # with --trace_every: one response, token by token
 FINAL = "final"  # the student, a Hugging Face folder
-TOKEN_SECONDS = 10  # until all nodes see a file that one has written
+TOKEN, TOKEN_SECONDS = ".token", 10  # until all nodes see a file that one has written
 
 
 def write_file(path: Path, text: str):
@@ -77,7 +77,7 @@ def write_jsonl(path: Path, rows):
 
 def check_is_shared(folder: Path):
     """ValueError on the ranks that do not see what rank 0 writes to the folder, as on nodes with disks of their own. A collective."""
-    token, path = gather(secrets.token_hex())[0], folder / ".token"
+    token, path = gather(secrets.token_hex())[0], folder / TOKEN
     if world_size() == 1:
         return
     if rank() == 0:
@@ -118,6 +118,7 @@ def claim_folder(folder, config_name, overwrite):
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(folder)
+    (folder / TOKEN).unlink(missing_ok=True)  # check_is_shared has read it
     if (folder / config_name).exists():
         # Temporary names first, because delete() needs them; config_name last, so that the folder of an interrupted
         # deletion is still known as a run.

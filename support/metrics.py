@@ -46,7 +46,7 @@ class Logger:
             self.tensorboard = SummaryWriter(self.out, purge_step=start + 1 if start else None)
 
     def log(self, name, row):
-        """Appends a row to the file `name`. All ranks call it with the same row, and exit in one line if it cannot be written."""
+        """Appends a row to the file `name`. All ranks call it, rank 0's row is written, and all exit in one line if it cannot be written."""
         on_all_ranks(self.write, name, row)
 
     def write(self, name, row):
@@ -173,8 +173,8 @@ def update_metrics(updates, epochs) -> dict:
 def teacher_metrics(batches, stop_ids) -> dict:
     """What the teacher thinks of the rollouts: A = log q - log pi_old, in nats, of all sampled tokens and of those that stopped.
 
-    kl_sampled, the mean of -A, estimates the reverse KL of student to teacher. rollout/stop_advantage below 0: the teacher would
-    have gone on.
+    kl_sampled, the mean of -A, estimates the reverse KL of student to teacher, with a bias if --top_p is below 1.
+    rollout/stop_advantage below 0: the teacher would have gone on.
     """
     advantages, at_stops = [], []
     for batch in batches:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from configs import TOPK_LOSSES
+from support.errors import on_all_ranks
 
 REQUESTS = 32  # in flight, from each rank
 TIMEOUT = 10, 600  # seconds: to connect, and for an answer
@@ -136,12 +137,16 @@ class ServerTeacher:
         return logp, top
 
     def targets(self, batches):
+        """A collective: if the server fails on one rank, all ranks exit with its error."""
         jobs = [(r.prompt + r.response, len(r.prompt)) for batch in batches for r in batch.rollouts]
+        scored = iter(on_all_ranks(self.score_all, jobs))
+        return [self.pack([next(scored) for _ in batch.rollouts]) for batch in batches]
+
+    def score_all(self, jobs) -> list:
         with ThreadPoolExecutor(REQUESTS) as pool:
-            scored = pool.map(lambda job: self.score(*job), jobs)
-            targets = [self.pack([next(scored) for _ in batch.rollouts]) for batch in batches]
+            scored = list(pool.map(lambda job: self.score(*job), jobs))
         self.session.close()  # its connections: what lies between may forget an idle one, and a request on it gets no answer
-        return targets
+        return scored
 
     def pack(self, scored):
         """The targets of one micro-batch. A place of the top-k that stays empty has log-prob -inf."""
