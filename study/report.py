@@ -8,6 +8,7 @@ KLs are averaged and compared on a log scale, as geometric means and ratios: the
 times the KL of another.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +44,8 @@ def read(path) -> dict:
 
 
 def score(line, metric, when="end") -> float:
-    """A metric's mean over the benchmarks, after training or before it ("start"). "pass@" finds pass@8."""
-    values = [x for name, x in line[when].items() if name.split("/")[-1].startswith(metric)]
+    """A metric's mean over the benchmarks, after training or before it ("start"). "pass@" finds pass@8, not pass@8_low."""
+    values = [x for name, x in line[when].items() if re.fullmatch(rf"(.*/)?{metric}\d*", name)]
     return float(np.mean(values))
 
 

@@ -12,6 +12,7 @@ prompts and held-out problems. The study may be stopped at any time: a finished 
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -142,7 +143,7 @@ def run(args) -> Path:
     lines = report.read(path) if path.exists() else {}
     path.write_text("".join(json.dumps(line) + "\n" for line in lines.values()))  # without a torn last line
     wanted = cells(args.size, args.seeds, args.pairs)
-    todo = [name for name in wanted if name not in lines and args.only in name]
+    todo = [name for name in wanted if name not in lines and re.search(args.only, name)]
     describe = ["git", "describe", "--always", "--dirty"]
     args.commit = subprocess.run(describe, capture_output=True, text=True).stdout.strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
@@ -172,7 +173,7 @@ def main(argv=None):
     parser.add_argument("--seeds", type=int, default=2, help="training seeds of each cell")
     parser.add_argument("--flags", default="", help="more flags of train.py, for every cell")
     parser.add_argument("--launch", default="python", help="what runs train.py")
-    parser.add_argument("--only", default="", help="cells whose name contains this text")
+    parser.add_argument("--only", default="", help="cells whose name matches this regular expression")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time")
     parser.add_argument("--out", default="", help="default: out/study/SIZE")
     parser.add_argument("--report", default="", help="only report this study.jsonl; the figures go beside it")

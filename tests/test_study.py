@@ -52,6 +52,13 @@ def test_kls_are_compared_as_ratios():
     assert f"+300 % [{100 * math.expm1(low):.0f}, {100 * math.expm1(high):.0f}]" in table
 
 
+def test_a_score_is_not_averaged_with_its_interval_or_its_estimate():
+    end = {"pass@8": 0.5, "pass@8_low": 0.4, "pass@8_high": 0.7, "kl": 0.1, "kl_sampled": 0.3}
+    assert report.score({"end": end}, "pass@") == 0.5 and report.score({"end": end}, "kl") == 0.1
+    end = {"aime24/pass@8": 0.2, "aime24/pass@8_low": 0.0, "amc23/pass@8": 0.6, "amc23/pass@8_low": 0.0}
+    assert report.score({"end": end}, "pass@") == pytest.approx(0.4)
+
+
 def test_holm_by_hand():
     assert report.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert report.holm([0.6, 0.5]) == [1.0, 1.0]
