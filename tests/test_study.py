@@ -2,13 +2,19 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
 import pytest
-from helpers import ROOT
+import torch
+from helpers import ROOT, rows_of
+from helpers import flags as train_flags
+from helpers import run as train_run
+from safetensors.torch import load_file
 
-from study import report
+from configs import TrainConfig, parse
+from study import gated_train, report
 from study import run as study
 
 
@@ -76,6 +82,16 @@ def test_cells_of_one_pair_and_seed_differ_in_the_gate_alone():
         assert int(words[1]) * int(words[3]) == 96
 
 
+def test_every_cell_of_the_gates_is_a_command_that_parses():
+    for name, command in study.cells("gates", 1, [7]).items():
+        program, rest = re.fullmatch(r"(train\.py|-m study\.gated_train) (--preset .*)", command).groups()
+        parser = gated_train.make_parser()
+        args, rest = parser.parse_known_args(rest.split())
+        cfg = parse(TrainConfig, rest)
+        assert (cfg.gate, cfg.eval_problems, cfg.block) == ("none" if "/none/" in name else "block", 128, 16)
+        assert program != "train.py" or vars(args) == vars(parser.parse_args([]))  # no flag that train.py lacks
+
+
 def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_path, capsys):
     small = dict(teacher=pair[0], student=pair[1], prompts=2, group=2, max_response=12, steps=2, eval_problems=4, k=2)
     argv = ["--size", "real", "--seeds", "1", "--out", str(tmp_path)]
@@ -118,3 +134,48 @@ def test_the_committed_cells_can_be_reported(tmp_path, capsys):
     # of the toy at both levels of reuse, and of real text
     assert out.count("current advantage against old, no gate") == 3
     assert all((tmp_path / name).exists() for name in ("effects.png", "doses.png"))
+
+
+def test_the_study_gates_in_closed_form():
+    """Three segments of two tokens. Drift -.2 with the teacher above (away .2); +.5 with a = .3 (beyond by .2); +.1, a = .3."""
+    segments = torch.tensor([0, 0, 1, 1, 2, 2])
+    d = torch.tensor([-0.4, 0.0, 0.2, 0.8, 0.1, 0.1])
+    a = torch.tensor([1.0, 1.0, 0.1, 0.5, 0.3, 0.3])
+    away, beyond = math.exp(-0.4), math.exp(-0.4)  # tau 2 times .2
+    for kind, expected in {
+        "excess": [away, away, beyond, beyond, 1, 1],
+        "away": [away, away, 1, 1, 1, 1],
+        "beyond": [1, 1, beyond, beyond, 1, 1],
+        "plain": [math.exp(-0.4)] * 2 + [math.exp(-1)] * 2 + [math.exp(-0.2)] * 2,
+        "mask": [1, 1, 1, 0, 1, 1],  # at least one token, if 1 % of them is less
+    }.items():
+        g, s = gated_train.study_gate(kind, d, a, segments, "block", 2.0, "mean")
+        assert g.tolist() == pytest.approx(expected), kind
+        assert s.tolist() == pytest.approx([-0.2, -0.2, 0.5, 0.5, 0.1, 0.1])
+        g, _ = gated_train.study_gate(kind, 0 * d, a, segments, "block", 2.0, "mean")
+        assert g.tolist() == [1.0] * 6, kind  # nothing has drifted
+        assert len(gated_train.study_gate(kind, d[:0], a[:0], segments[:0], "block", 2.0, "mean")[0]) == 0
+
+
+@pytest.mark.parametrize("denominator, ratio", [("gates", 1.0), ("n", 0.5)])
+def test_the_leverage_of_a_constant_gate_is_none(denominator, ratio, pair, tmp_path, monkeypatch):
+    """Every gate is .5: with the sum of gates as denominator the gradient is the ungated one, with N it is half of that."""
+    monkeypatch.setattr(gated_train, "study_gate", lambda kind, d, *_: (torch.full_like(d, 0.5), torch.zeros_like(d)))
+    argv = ["--denominator", denominator, "--measure_every", "1"]
+    gated_train.main(argv + train_flags(pair, tmp_path, steps=1, epochs=2, minibatches=2, loss="lsm", micro_tokens=64))
+    rows = rows_of(tmp_path, "leverage.jsonl")
+    assert [row["update"] for row in rows] == [2, 3, 4]  # the first has no drift
+    for row in rows:
+        assert row["cosine"] == pytest.approx(1, abs=1e-6) and row["norm_ratio"] == pytest.approx(ratio, rel=1e-5)
+        assert (row["ess"], row["gate_sd"], row["gate_mean"]) == (1, 0, 0.5) and row["drift_abs"] > 0
+
+
+@pytest.mark.parametrize("loss", ["opd", "rkl"])
+def test_measuring_leverage_changes_no_bit_of_a_run(loss, pair, tmp_path):
+    options = dict(loss=loss, epochs=2, minibatches=2, tau=10)
+    _, weights = train_run(pair, tmp_path / "train", **options)
+    gated_train.main(["--measure_every", "1", *train_flags(pair, tmp_path / "study", **options)])
+    again = load_file(tmp_path / "study" / "final" / "model.safetensors")
+    assert all(torch.equal(again[name], x) for name, x in weights.items())
+    rows = rows_of(tmp_path / "study", "leverage.jsonl")
+    assert all(row["cosine"] < 1 and row["ess"] < 1 for row in rows) and len(rows) == 6
