@@ -51,12 +51,7 @@ DOSES = {f"dose_{epochs}": f"--epochs {epochs} --steps {96 // epochs} --lr 1e-3"
 TOY = {
     "tiny": {
         "common": "--preset tiny --eval_problems 128 --eval_every 9999 --save_every 0 --sample_every 0",
-        "reuse": {
-            "heavy": "--epochs 6 --steps 16 --lr 1e-3",
-            "light": "--epochs 2 --steps 30 --lr 6e-4",
-            "noise": "--steps 1 --eval_problems 64 --k 1",  # before its first step, every seed evaluates the same student
-            **DOSES,
-        },
+        "reuse": {"heavy": "--epochs 6 --steps 16 --lr 1e-3", "light": "--epochs 2 --steps 30 --lr 6e-4", **DOSES},
     }
 }
 SIZES = TOY | {
@@ -103,7 +98,6 @@ def cells(size, seeds, pairs) -> dict:
         add(pairs[:1], ("opd_old", "opd_current", "lsm"), ("light",), ("tau1",), 1)
     elif size == "tiny":
         add(pairs, ARMS, ("heavy", "light"), ("none", "block"), seeds)
-        add(pairs[:1], ("opd_old",), ("noise",), ("none",), 10)
         add(pairs, ("opd_old", "opd_current"), DOSES, ("none", "block"), 1)
         add(pairs, ARMS, ("heavy", "light"), ("span", "token", "sequence"), seeds)
     elif size == "real":

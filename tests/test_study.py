@@ -72,9 +72,9 @@ def test_holm_by_hand():
 
 def test_cells_of_one_pair_and_seed_differ_in_the_gate_alone():
     cells = study.cells("tiny", 2, [7, 8, 9])
-    n_main, n_noise, n_dose = 3 * 2 * 3 * 2 * 5, 10, 3 * 2 * 5 * 2  # pairs x seeds x arms x reuses x gates, ...
-    assert len(cells) == n_main + n_noise + n_dose
-    assert len(set(cells.values())) == len(cells) / 3 + 10 * 2 / 3  # only --student and --teacher differ between pairs
+    n_main, n_dose = 3 * 2 * 3 * 2 * 5, 3 * 2 * 5 * 2  # pairs x seeds x arms x reuses x gates, ...
+    assert len(cells) == n_main + n_dose
+    assert len(set(cells.values())) == len(cells) / 3  # only --student and --teacher differ between pairs
     none, block = (cells[f"8/opd_old/heavy/{gate}/1"].split() for gate in ("none", "block"))
     assert [(a, b) for a, b in zip(none, block, strict=True) if a != b] == [("none", "block")]
     for flags in study.DOSES.values():  # as many updates at every dose
@@ -111,19 +111,31 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
 def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     gates = {g: 0.1 * i for i, g in enumerate(report.GATES)}
     cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip
-    cells |= {f"{pair}/{arm}/dose_{e}/{gate}/0": 1 / e for pair in "789" for arm in report.ARMS[:2] for e in report.EPOCHS for gate in ("none", "block")}  # fmt: skip
-    cells |= {f"real/{arm}/heavy/{gate}/{seed}": 0.5 + (gate == "block") * 0.1 * seed for arm in report.ARMS for gate in ("none", "block") for seed in range(3)}  # fmt: skip
-    extra = {"commit": "c", "hardware": "h"}
+    cells |= {f"{pair}/{arm}/dose_{e}/none/0": 1 / e for pair in "789" for arm in ("rkl", "lsm") for e in report.EPOCHS}
+    cells |= {"7/rkl/dose_2/none/0": 0.97, "8/rkl/dose_2/none/0": 0.98, "9/rkl/dose_2/none/0": 0.99}
+    cells |= {f"{pair}/lsm/heavy/tau10/0": 0.25 for pair in "789"}
+    cells |= {f"real/lsm/heavy/{gate}/{seed}": 0.5 + (gate == "block") * 0.1 * seed for gate in ("none", "block") for seed in range(3)}  # fmt: skip
+    rows = [json.dumps(line | {"commit": "c", "hardware": "h"}) for line in lines(cells).values()]
     path = tmp_path / "study.jsonl"
-    path.write_text("".join(json.dumps(line | extra) + "\n" for line in lines(cells).values()))
+    for i, row in enumerate(rows):  # angles of 0 and 60 degrees, norms of a half and double
+        if "/tau10/" in row:
+            numbers = {name: [0.5, 0.5] for name in ("ess", "gate_mean", "gate_sd", "drift_abs")}
+            numbers |= {"cosine": [1.0, 0.5], "cosine_before": [0.0, 0.0], "norm_ratio": [0.5, 2.0]}
+            rows[i] = json.dumps(json.loads(row) | {"leverage": numbers})
+    path.write_text("".join(row + "\n" for row in rows))
     study.main(["--report", str(path)])
     out = capsys.readouterr().out
     assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
-    assert "| 16 | 6 | 62; **-94 % [-94, -94]** |" in out
-    toy, real = out.split("### another pair: the questions (n: pairs; of a single pair, training seeds)")
-    assert toy.count("block gate against none:") == 6 and real.count("block gate against none:") == 3
-    assert "| +10.0 [-14.8, 34.8] | 0.225 (0.902) |" in real  # seeds differ by 0, .1 and .2; Holm: four questions
-    assert all((tmp_path / name).stat().st_size > 5000 for name in ("effects.png", "doses.png"))
+    assert "| lsm | 4 | 3 | **-75 % [-75, -75]** | **-75.0 [-75.0, -75.0]** | no |" in out
+    assert "| -2.0 [-4.5, 0.5] | yes |" in out  # rkl at two epochs: -1, -2 and -3 points
+    assert "| lsm, heavy | tau10 | 3 | 0.5 | 0.500 | 0.500 | 30 | 90 | 1.00 | **-50 % [-50, -50]** |" in out
+    assert "| lsm: tau10 against none | 3 |" in out
+    toy, real = out.split("### another pair: KL to")
+    assert "| block, against no gate | +10.0 [-14.8, 34.8] |" in real
+    assert all(
+        (tmp_path / f"{name}.png").stat().st_size > 5000
+        for name in ("doses", "doses_dark", "leverage", "leverage_dark")
+    )
 
 
 def test_the_committed_cells_can_be_reported(tmp_path, capsys):
@@ -131,9 +143,8 @@ def test_the_committed_cells_can_be_reported(tmp_path, capsys):
     study.main(["--report", str(tmp_path / "study.jsonl")])
     out = capsys.readouterr().out
     assert "nan" not in out
-    # of the toy at both levels of reuse, and of real text
-    assert out.count("current advantage against old, no gate") == 3
-    assert all((tmp_path / name).exists() for name in ("effects.png", "doses.png"))
+    assert "| rkl against opd_current | 6 | **-74 % [-77, -71]** |" in out  # as the page says
+    assert (tmp_path / "doses.png").exists() and (tmp_path / "leverage.png").exists()
 
 
 def test_the_study_gates_in_closed_form():
