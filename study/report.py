@@ -137,7 +137,9 @@ def with_interval(mean, low, high, metric) -> str:
 
 
 def change(lines, ours, base, metric, base_when="end") -> str:
-    _, *bounds, _ = difference(lines, ours, base, metric, base_when)
+    units, *bounds, _ = difference(lines, ours, base, metric, base_when)
+    if len(units) == 1:
+        return f"{100 * np.expm1(units[0]):+.0f} %, one run" if metric == "kl" else f"{100 * units[0]:+.1f}, one run"
     return with_interval(*bounds, metric)
 
 
@@ -243,9 +245,10 @@ def leverage_table(lines) -> str:
                 row = [f"{arm}, {reuse}", gate, f"{len(runs)}"]
                 row += [f"{mean['drift_abs']:.2g}", f"{mean['gate_mean']:.3f}", f"{mean['ess']:.3f}"]
                 row += [f"{mean['angle']:.2g}", f"{mean['angle_before']:.0f}", f"{mean['norm_ratio']:.2f}"]
-                body.append([*row, change(lines, (arm, reuse, gate), (arm, reuse, "none"), "kl")])
+                body.append(row)
+                row += [change(lines, (arm, reuse, gate), (arm, reuse, "none"), metric) for metric in ("kl", "pass@")]
     names = ["mean |d|", "mean gate", "ESS / N", "angle, °", "to the update before, °", "norm ratio"]
-    return markdown(["", "gate", "runs", *names, "KL against no gate"], body)
+    return markdown(["", "gate", "runs", *names, "KL against no gate", "pass@8, points"], body)
 
 
 # -----------------------------------------------------------------------------
@@ -320,13 +323,19 @@ def doses_figure(plt, lines, is_dark):
 
 
 def leverage_figure(plt, lines, is_dark):
-    """Each gated run a dot: the mean angle by which the gate turns a gradient, and the factor by which KL ends elsewhere."""
+    """Each gated run a dot: the mean angle by which the gate turns a gradient, and the factor by which KL ends elsewhere.
+
+    The band: by which it ends elsewhere, on average, with another training seed, without a gate.
+    """
     arms = ("opd_current", "lsm")
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
     for ax, arm in zip(axes, arms, strict=True):
         ungated = scores(lines, arm, "heavy", "none", "kl")
+        ax.axhspan(1, seed_factor(lines, arm), color="gray", alpha=0.2, linewidth=0, label="another training seed")
         for gates, (label, light, dark, marker) in GATE_STYLES.items():
             color = dark if is_dark else light
+            if not any(name.split("/")[-2] in gates for name in lines):
+                continue
             for name, line in lines.items():
                 pair, *cell, gate, seed = name.split("/")
                 if cell != [arm, "heavy"] or gate not in gates or (pair, seed) not in ungated:
@@ -343,6 +352,13 @@ def leverage_figure(plt, lines, is_dark):
     axes[0].set_ylabel("KL against no gate: factor, either way\n(filled: higher KL, hollow: lower)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     return figure
+
+
+def seed_factor(lines, arm) -> float:
+    """The factor, geometric mean, between the KLs of training seeds 0 and 1 of a pair, at eight epochs without a gate."""
+    kl = scores(lines, arm, "dose_8", "none", "kl")
+    ratios = [abs(np.log(kl[pair, "0"] / kl[pair, "1"])) for pair, seed in kl if seed == "1" and (pair, "0") in kl]
+    return float(np.exp(np.mean(ratios))) if ratios else 1.0
 
 
 def split_by_pair(lines):

@@ -128,8 +128,12 @@ def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     assert "**+80.0 [55.2, 104.8]**" in out  # block: .1 times 7, 8 and 9
     assert "| lsm | 4 | 3 | **-75 % [-75, -75]** | **-75.0 [-75.0, -75.0]** | no |" in out
     assert "| -2.0 [-4.5, 0.5] | yes |" in out  # rkl at two epochs: -1, -2 and -3 points
-    assert "| lsm, heavy | tau10 | 3 | 0.5 | 0.500 | 0.500 | 30 | 90 | 1.00 | **-50 % [-50, -50]** |" in out
+    assert (
+        "| lsm, heavy | tau10 | 3 | 0.5 | 0.500 | 0.500 | 30 | 90 | 1.00 | **-50 % [-50, -50]** | **-25.0 [-25.0, -25.0]** |"
+        in out
+    )
     assert "| lsm: tau10 against none | 3 |" in out
+    assert report.change(lines({"7/rkl/heavy/none/0": 0.2, "7/rkl/heavy/tau1/0": 0.3}), ("rkl", "heavy", "tau1"), ("rkl", "heavy", "none"), "kl") == "+50 %, one run"  # fmt: skip
     toy, real = out.split("### another pair: KL to")
     assert "| block, against no gate | +10.0 [-14.8, 34.8] |" in real
     assert all(
