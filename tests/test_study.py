@@ -96,16 +96,16 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     small = dict(teacher=pair[0], student=pair[1], prompts=2, group=2, max_response=12, steps=2, eval_problems=4, k=2)
     argv = ["--size", "real", "--seeds", "1", "--out", str(tmp_path)]
     argv += ["--flags", " ".join(f"--{name} {x}" for name, x in small.items())]
-    study.main([*argv, "--only", "lsm", "--jobs", "2"])
+    study.main([*argv, "--only", "lsm/heavy", "--jobs", "2"])
     path = tmp_path / "study.jsonl"
     none, block = sorted(report.read(path).values(), key=lambda line: line["cell"], reverse=True)
     assert none["start"] == block["start"] and none["end"] != block["end"] and min(block["ess"]) < 1 == min(none["ess"])
     path.write_text(json.dumps(block) + "\n" + json.dumps(none)[:40])  # killed while it wrote the second line
-    study.main([*argv, "--only", "lsm"])
+    study.main([*argv, "--only", "lsm/heavy"])
     again = report.read(path)[none["cell"]]
     assert (again["end"], again["checksum"]) == (none["end"], none["checksum"])
     assert "2 cells are in" not in capsys.readouterr().out.splitlines()[-1]
-    assert study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm", jobs=1, out=tmp_path)) == path
+    assert study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm/heavy", jobs=1, out=tmp_path)) == path
 
 
 def test_the_report_has_every_table_and_figure(tmp_path, capsys):
