@@ -268,9 +268,11 @@ LOSS_STYLES = {  # (colour on light, on dark, marker)
 GATE_STYLES = {  # gates: (label, colour on light, on dark, marker)
     ("placebo",): ("block, tau 0.001", "#8c8c8c", "#8c8c8c", "x"),
     ("tau1",): ("block, tau 1 (the paper's)", "#0072b2", "#3f9be0", "o"),
-    ("tau10", "tau10_n"): ("block, tau 10", "#e69f00", "#ffc23d", "s"),
-    ("tau30", "tau30_n"): ("block, tau 30", "#d55e00", "#f0793a", "D"),
-    ("excess", "away", "beyond"): ("excess drift and its halves, tau 10", "#009e73", "#1fc79a", "^"),
+    ("tau10",): ("block, tau 10", "#e69f00", "#ffc23d", "s"),
+    ("tau30",): ("block, tau 30", "#d55e00", "#f0793a", "D"),
+    ("tau10_n", "tau30_n"): ("block, tau 10 or 30, divided by N", "#56b4e9", "#a5dcff", "h"),
+    ("excess",): ("excess drift, tau 10", "#009e73", "#1fc79a", "^"),
+    ("away", "beyond"): ("its halves", "#009e73", "#1fc79a", "v"),
     ("mask",): ("mask of 1 %", "#cc79a7", "#e79ac6", "P"),
 }
 
