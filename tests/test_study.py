@@ -105,7 +105,10 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     again = report.read(path)[none["cell"]]
     assert (again["end"], again["checksum"]) == (none["end"], none["checksum"])
     assert "2 cells are in" not in capsys.readouterr().out.splitlines()[-1]
-    assert study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm/heavy", jobs=1, out=tmp_path)) == path
+    assert (
+        study.run(study.argparse.Namespace(size="real", seeds=1, pairs=[], only="lsm/heavy", jobs=1, out=tmp_path))
+        == path
+    )
 
 
 def test_the_report_has_every_table_and_figure(tmp_path, capsys):
