@@ -8,6 +8,7 @@ KLs are averaged and compared on a log scale, as geometric means and ratios: the
 times the KL of another.
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,22 +17,39 @@ from scipy import stats
 from support.files import read_jsonl
 from support.plot import pyplot
 
-ARMS = ("opd_old", "opd_current", "lsm")
+ARMS = ("opd_old", "opd_current", "lsm", "tail_topk", "fkl_topk", "rkl", "fkl", "jsd")
 REUSES = ("heavy", "light")
 GATES = ("none", "block", "span", "token", "sequence")
+TAUS = ("placebo", "tau1", "tau10", "tau30", "tau10_n", "tau30_n")  # block gates; _n: divided by N
+OTHERS = ("excess", "away", "beyond", "mask")
 EPOCHS = (1, 2, 4, 8, 16)  # of the dose-response
 METRICS = {  # name in the lines: (title, factor, decimals)
-    "kl": ("exact reverse KL to the teacher, 0.001 nats per token; its change in %; lower is better", 1000, 0),
+    "kl": ("KL to the teacher (exact, reverse), 0.001 nats per token; lower is better", 1000, 0),
     "pass@": ("pass@k, %", 100, 1),
     "mean@": ("mean@k, %", 100, 1),
 }
-# Named before the runs. Each is a difference, (arm, reuse, gate) against (arm, reuse, gate).
-QUESTIONS = [
-    *[("current advantage against old, no gate", ("opd_current", reuse, "none"), ("opd_old", reuse, "none")) for reuse in REUSES],
-    *[("block gate against none", (arm, reuse, "block"), (arm, reuse, "none")) for reuse in REUSES for arm in ARMS],
-    *[("span gate against none", (arm, "light", "span"), (arm, "light", "none")) for arm in ("opd_old", "lsm")],
-    *[("block gate against span", (arm, "light", "block"), (arm, "light", "span")) for arm in ("opd_old", "lsm")],
-]  # fmt: skip
+# Named before the runs. Each is a difference, (arm, reuse, gate) against (arm, reuse, gate); Holm's correction is within a table.
+QUESTIONS = {
+    "which loss bears eight epochs": [
+        (f"{a} against {b}", (a, "dose_8", "none"), (b, "dose_8", "none"))
+        for a, b in (("rkl", "opd_current"), ("lsm", "opd_current"), ("rkl", "lsm"))
+    ],
+    "the dose of tau": [
+        (f"{arm}: {gate} against none", (arm, "heavy", gate), (arm, "heavy", "none"))
+        for arm in ("opd_current", "lsm")
+        for gate in TAUS
+    ],
+    "the denominator": [
+        (f"{arm}: {gate}_n against {gate}", (arm, "heavy", f"{gate}_n"), (arm, "heavy", gate))
+        for arm in ("opd_current", "lsm")
+        for gate in ("tau10", "tau30")
+    ],
+    "other gates": [
+        (f"{arm}: {gate} against none", (arm, "heavy", gate), (arm, "heavy", "none"))
+        for arm in ("opd_current", "lsm")
+        for gate in OTHERS
+    ],
+}
 
 # -----------------------------------------------------------------------------
 # numbers
@@ -43,8 +61,8 @@ def read(path) -> dict:
 
 
 def score(line, metric, when="end") -> float:
-    """A metric's mean over the benchmarks, after training or before it ("start"). "pass@" finds pass@8."""
-    values = [x for name, x in line[when].items() if name.split("/")[-1].startswith(metric)]
+    """A metric's mean over the benchmarks, after training or before it ("start"). "pass@" finds pass@8, not pass@8_low."""
+    values = [x for name, x in line[when].items() if re.fullmatch(rf"(.*/)?{metric}\d*", name)]
     return float(np.mean(values))
 
 
@@ -119,7 +137,9 @@ def with_interval(mean, low, high, metric) -> str:
 
 
 def change(lines, ours, base, metric, base_when="end") -> str:
-    _, *bounds, _ = difference(lines, ours, base, metric, base_when)
+    units, *bounds, _ = difference(lines, ours, base, metric, base_when)
+    if len(units) == 1:
+        return f"{100 * np.expm1(units[0]):+.0f} %, one run" if metric == "kl" else f"{100 * units[0]:+.1f}, one run"
     return with_interval(*bounds, metric)
 
 
@@ -134,7 +154,7 @@ def gate_table(lines, metric) -> str:
         levels.append(f"{mean:.{decimals}f} ({low:.{decimals}f} to {high:.{decimals}f})")
         changes.append(change(lines, (arm, reuse, "none"), (arm, reuse, "none"), metric, "start"))
     body = [levels, changes]
-    for gate in GATES[1:]:
+    for gate in (*GATES[1:], *TAUS, *OTHERS):
         row = [f"{gate}, against no gate"]
         row += [change(lines, (arm, reuse, gate), (arm, reuse, "none"), metric) for arm, reuse in columns]
         if set(row[1:]) != {"-"}:
@@ -142,113 +162,205 @@ def gate_table(lines, metric) -> str:
     return markdown(["", *[f"{arm}, {reuse}" for arm, reuse in columns]], body)
 
 
-def question_table(lines) -> str:
-    """The questions that the lines answer: difference, interval, p-value alone and after Holm's correction, for KL and pass@k."""
-    questions = [q for q in QUESTIONS if len(difference(lines, q[1], q[2], "kl")[0]) > 1]
+def question_table(lines, questions) -> str:
+    """Those of the questions that the lines answer: difference, interval, p-value alone and after Holm's correction."""
+    questions = [q for q in questions if len(difference(lines, q[1], q[2], "kl")[0]) > 1]
+    if not questions:
+        return ""
     body = []
     for text, ours, base in questions:
         units = difference(lines, ours, base, "kl")[0]
-        body.append([f"{text}: {ours[0]}, {ours[1]} reuse", f"{len(units)}"])
+        body.append([text, f"{len(units)}"])
     for metric in ("kl", "pass@"):
         results = [difference(lines, ours, base, metric) for _, ours, base in questions]
         corrected = holm([p for *_, p in results])
         for row, (_, mean, low, high, p), p_holm in zip(body, results, corrected, strict=True):
             row.append(with_interval(mean, low, high, metric))
-            row.append(f"{p:.3f} ({p_holm:.3f})")
-    return markdown(["question", "n", "KL", "p (Holm)", "pass@k, points", "p (Holm)"], body)
+            row.append(f"{p:.2g} ({p_holm:.2g})")
+    return markdown(["", "n", "KL", "p (Holm)", "pass@k, points", "p (Holm)"], body)
 
 
-def dose_table(lines, metric) -> str:
-    """A row for each number of epochs per rollout batch: ungated levels with their change from one epoch, and comparisons."""
-    arms = ("opd_old", "opd_current")
-    _, factor, decimals = METRICS[metric]
+def single_dose_table(lines, pair="7", seed="0") -> str:
+    """Of one pair and seed, every loss at every dose: KL and pass@8."""
     body = []
-    for epochs in EPOCHS:
-        dose = f"dose_{epochs}"
-        row = [f"{epochs}", f"{96 // epochs}"]
-        for arm in arms:
-            values = list(scores(lines, arm, dose, "none", metric).values())
-            text = f"{factor * average(values, metric):.{decimals}f}" if values else "-"
-            if epochs > 1:
-                text += f"; {change(lines, (arm, dose, 'none'), (arm, 'dose_1', 'none'), metric)}"
-            row.append(text)
-        row.append(change(lines, ("opd_current", dose, "none"), ("opd_old", dose, "none"), metric))
-        row += [change(lines, (arm, dose, "block"), (arm, dose, "none"), metric) for arm in arms]
-        body.append(row)
-    comparisons = ["current against old", "block gate, opd_old", "block gate, opd_current"]
-    return markdown(["epochs", "rollout batches", *arms, *comparisons], body)
+    for arm in ARMS:
+        row = [arm]
+        for epochs in EPOCHS:
+            line = lines.get(f"{pair}/{arm}/dose_{epochs}/none/{seed}")
+            row.append(f"{1000 * score(line, 'kl'):.0f}; {100 * score(line, 'pass@'):.0f} %" if line else "-")
+        if set(row[1:]) != {"-"}:
+            body.append(row)
+    return markdown(["", *[f"{epochs} epochs, {96 // epochs} batches" for epochs in EPOCHS]], body)
 
 
-def noise(lines) -> str:
-    """How much the two estimates of the KL differ between 64 responses and the next 64, for one and the same student."""
-    starts = [line["start"] for name, line in lines.items() if "/noise/" in name]
-    if len(starts) < 2:
-        return ""
-    kl, gap = (np.std([start[metric] for start in starts], ddof=1) for metric in ("kl", "gap"))
-    return (
-        f"Standard deviation over {len(starts)} draws of 64 responses of one student, nats per token: exact KL {kl:.4f}, "
-        f"estimate from the sampled tokens {gap:.4f}, {gap / kl:.1f} times as much"
-    )
+def dose_table(lines) -> str:
+    """The change from one epoch of each loss and dose that has it for several pairs."""
+    body = []
+    for arm in ARMS:
+        for epochs in EPOCHS[1:]:
+            ours, base = (arm, f"dose_{epochs}", "none"), (arm, "dose_1", "none")
+            units = difference(lines, ours, base, "pass@")[0]
+            if len(units) > 1:
+                changes = [change(lines, ours, base, metric) for metric in ("kl", "pass@")]
+                lower_end = 100 * difference(lines, ours, base, "pass@")[2]
+                body.append([arm, f"{epochs}", f"{len(units)}", *changes, "yes" if lower_end > -5 else "no"])
+    return markdown(["", "epochs", "n", "KL", "pass@8, points", "shown to be within 5 points"], body)
 
 
 # -----------------------------------------------------------------------------
-# figures
+# leverage
 
 
-def draw_effects(lines, path):
-    """Each gate's difference from no gate in KL: a dot for each pair, the mean and its 95 % interval.
+def leverage(line) -> dict:
+    """Means over a run's measured updates (of the ratio of norms the geometric mean); angles in degrees."""
+    measured = {name: np.array(values) for name, values in line["leverage"].items()}
+    angles = {
+        name: np.degrees(np.arccos(np.clip(measured[name], -1, 1))).mean() for name in ("cosine", "cosine_before")
+    }
+    return {
+        "angle": float(angles["cosine"]),
+        "angle_before": float(angles["cosine_before"]),
+        "norm_ratio": float(np.exp(np.log(measured["norm_ratio"]).mean())),
+        **{name: float(measured[name].mean()) for name in ("ess", "gate_mean", "gate_sd", "drift_abs")},
+    }
 
-    Of a single pair, such as that of real text, a dot is a training seed.
-    """
+
+def leverages(lines, arm, reuse, gate) -> list[dict]:
+    found = []
+    for name, line in lines.items():
+        if name.split("/")[1:-1] == [arm, reuse, gate] and line.get("leverage"):
+            found.append(leverage(line))
+    return found
+
+
+def leverage_table(lines) -> str:
+    body = []
+    for reuse in (*REUSES, "paper"):
+        for arm in ARMS:
+            for gate in (*TAUS, *OTHERS):
+                runs = leverages(lines, arm, reuse, gate)
+                if not runs:
+                    continue
+                mean = {name: np.mean([run[name] for run in runs]) for name in runs[0]}
+                row = [f"{arm}, {reuse}", gate, f"{len(runs)}"]
+                row += [f"{mean['drift_abs']:.2g}", f"{mean['gate_mean']:.3f}", f"{mean['ess']:.3f}"]
+                row += [f"{mean['angle']:.2g}", f"{mean['angle_before']:.0f}", f"{mean['norm_ratio']:.2f}"]
+                body.append(row)
+                row += [change(lines, (arm, reuse, gate), (arm, reuse, "none"), metric) for metric in ("kl", "pass@")]
+    names = ["mean |d|", "mean gate", "ESS / N", "angle, °", "to the update before, °", "norm ratio"]
+    return markdown(["", "gate", "runs", *names, "KL against no gate", "pass@8, points"], body)
+
+
+# -----------------------------------------------------------------------------
+# figures. Colours that the colour-blind tell apart (after Okabe and Ito), for a light and for a dark page
+
+THEMES = {"": ("white", "#24292f"), "_dark": ("#0d1117", "#e6edf3")}  # suffix of the file: background, text
+LOSS_STYLES = {  # (colour on light, on dark, marker)
+    "opd_old": ("#d55e00", "#f0793a", "v"),
+    "opd_current": ("#e69f00", "#ffc23d", "^"),
+    "lsm": ("#009e73", "#1fc79a", "s"),
+    "tail_topk": ("#56b4e9", "#a5dcff", "D"),
+    "fkl_topk": ("#8c8c8c", "#8c8c8c", "x"),
+    "rkl": ("#0072b2", "#3f9be0", "o"),
+    "fkl": ("#cc79a7", "#e79ac6", "P"),
+    "jsd": ("#24292f", "#e6edf3", "*"),
+}
+GATE_STYLES = {  # gates: (label, colour on light, on dark, marker)
+    ("placebo",): ("block, tau 0.001", "#8c8c8c", "#8c8c8c", "x"),
+    ("tau1",): ("block, tau 1 (the paper's)", "#0072b2", "#3f9be0", "o"),
+    ("tau10",): ("block, tau 10", "#e69f00", "#ffc23d", "s"),
+    ("tau30",): ("block, tau 30", "#d55e00", "#f0793a", "D"),
+    ("tau10_n", "tau30_n"): ("block, tau 10 or 30, divided by N", "#56b4e9", "#a5dcff", "h"),
+    ("excess",): ("excess drift, tau 10", "#009e73", "#1fc79a", "^"),
+    ("away", "beyond"): ("its halves", "#009e73", "#1fc79a", "v"),
+    ("mask",): ("mask of 1 %", "#cc79a7", "#e79ac6", "P"),
+}
+
+
+def draw(function, lines, path):
+    """function(plt, lines, is_dark) returns a figure; it is saved as PATH.png and PATH_dark.png."""
     plt = pyplot()
-    toy, other = split_by_pair(lines)
-    panels = [(f"{reuse} reuse", toy, reuse) for reuse in REUSES] + [("real text, heavy reuse", other, "heavy")]
-    panels = [(title, part, reuse) for title, part, reuse in panels if part]
-    gates = [gate for gate in GATES[1:] if any(f"/{gate}/" in name for name in lines)]
-    size = (10, len(panels) * (1 + 0.4 * len(gates)))
-    figure, axes = plt.subplots(len(panels), len(ARMS), figsize=size, sharey=True, squeeze=False, layout="constrained")
-    for row, (title, part, reuse) in zip(axes, panels, strict=True):
-        for ax, arm in zip(row, ARMS, strict=True):
-            ax.axvline(0, color="black", linewidth=0.8)
-            for i, gate in enumerate(gates):
-                units, mean, low, high, _ = difference(part, (arm, reuse, gate), (arm, reuse, "none"), "kl")
-                ax.plot(100 * np.expm1(units), [i + 0.2] * len(units), ".", color="gray", markersize=5)
-                if not np.isnan(low):
-                    color = "C0" if low * high <= 0 else "C2" if mean < 0 else "C3"
-                    ax.plot([100 * np.expm1(low), 100 * np.expm1(high)], [i, i], color=color)
-                    ax.plot(100 * np.expm1(mean), i, "o", color=color, markersize=5)
-            ax.set(title=f"{arm}, {title}", yticks=range(len(gates)), ylim=(len(gates) - 0.5, -0.5), xlim=(-100, 200))
-            ax.set_yticklabels(gates)
-            ax.grid(alpha=0.3, axis="x")
-    for ax in axes[-1]:
-        ax.set_xlabel("KL against no gate, % (left: better)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    for suffix, (background, text) in THEMES.items():
+        colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), text)
+        faces = dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), background)
+        with plt.rc_context(colors | faces):
+            figure = function(plt, lines, suffix == "_dark")
+            figure.savefig(path.with_name(f"{path.name}{suffix}.png"), dpi=110)
+            plt.close(figure)
 
 
-def draw_doses(lines, path):
-    """Quality against the number of rollout batches that were sampled, for as many updates; the line is the pairs' mean."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    batches = [96 // epochs for epochs in EPOCHS]
+def doses_figure(plt, lines, is_dark):
+    """KL and pass@8 against epochs: a line for each loss on pair 7, seed 0, and means over pairs where there are several."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for ax, metric in zip(axes, ("kl", "pass@"), strict=True):
         title, factor, _ = METRICS[metric]
-        title = title.split(";")[0].replace("pass@k", "pass@8")
-        for color, arm in (("C1", "opd_old"), ("C0", "opd_current")):
-            for style, marker, gate in (("-", "o", "none"), ("--", "s", "block")):
-                values = [list(scores(lines, arm, f"dose_{e}", gate, metric).values()) for e in EPOCHS]
-                means = [factor * average(x, metric) if x else np.nan for x in values]
-                ax.plot(batches, means, style, marker=marker, color=color, label=f"{arm}, gate {gate}")
-                for x, dots in zip(batches, values, strict=True):
-                    ax.plot([x] * len(dots), factor * np.array(dots), ".", color=color, alpha=0.3, markersize=4)
+        shift = 0.94
+        for arm, (light, dark, marker) in LOSS_STYLES.items():
+            color = dark if is_dark else light
+            cells = {e: lines.get(f"7/{arm}/dose_{e}/none/0") for e in EPOCHS}
+            values = {e: factor * score(line, metric) for e, line in cells.items() if line}
+            if values:
+                ax.plot(
+                    values.keys(), values.values(), marker=marker, color=color, label=arm, markersize=6, linewidth=1.3
+                )
+            by_pair = by_unit(scores(lines, arm, "dose_8", "none", metric))
+            if len(by_pair) >= 6:  # the primary comparison
+                scale, inverse = (np.log, np.exp) if metric == "kl" else (np.asarray, np.asarray)
+                test = stats.ttest_1samp(scale(by_pair), 0)
+                low, high = (factor * inverse(x) for x in test.confidence_interval(0.95))
+                x = 8 * shift
+                ax.plot([x, x], [low, high], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt")
+                ax.plot(
+                    x, factor * average(by_pair, metric), marker, color=color, markersize=9, markeredgecolor="white"
+                )
+                shift *= 0.93
         ax.set_xscale("log", base=2)
-        ax.set_xticks(batches, [f"{b}\n({e})" for b, e in zip(batches, EPOCHS, strict=True)])
-        ax.set(title=title, xlabel="rollout batches sampled (epochs on each)")
+        ax.set_xticks(EPOCHS, [f"{e}\n({96 // e})" for e in EPOCHS])
+        title = title.split(";")[0].replace("pass@k", "pass@8").replace(" (exact, reverse)", "")
+        ax.set(title=title, xlabel="epochs on each rollout batch (batches sampled)")
         ax.grid(alpha=0.3)
     axes[0].set_yscale("log")
-    axes[0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def leverage_figure(plt, lines, is_dark):
+    """Each gated run a dot: the mean angle by which the gate turns a gradient, and the factor by which KL ends elsewhere.
+
+    The band: by which it ends elsewhere, on average, with another training seed, without a gate.
+    """
+    arms = ("opd_current", "lsm")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharex=True, sharey=True, layout="constrained")
+    for ax, arm in zip(axes, arms, strict=True):
+        ungated = scores(lines, arm, "heavy", "none", "kl")
+        ax.axhspan(1, seed_factor(lines, arm), color="gray", alpha=0.2, linewidth=0, label="another training seed")
+        for gates, (label, light, dark, marker) in GATE_STYLES.items():
+            color = dark if is_dark else light
+            if not any(name.split("/")[-2] in gates for name in lines):
+                continue
+            for name, line in lines.items():
+                pair, *cell, gate, seed = name.split("/")
+                if cell != [arm, "heavy"] or gate not in gates or (pair, seed) not in ungated:
+                    continue
+                effect = np.log(score(line, "kl") / ungated[pair, seed])
+                face = color if effect > 0 or marker == "x" else "none"
+                ax.plot(leverage(line)["angle"], np.exp(abs(effect)), marker, color=color, markerfacecolor=face)
+            ax.plot([], [], marker, color=color, label=label)  # for the legend
+        ax.set_xscale("log")
+        ax.set_yscale("log", base=2)
+        ax.yaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.set(title=arm, xlabel="mean angle between gated and ungated gradient, degrees")
+        ax.grid(alpha=0.3)
+    axes[0].set_ylabel("KL against no gate: factor, either way\n(filled: higher KL, hollow: lower)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def seed_factor(lines, arm) -> float:
+    """The factor, geometric mean, between the KLs of training seeds 0 and 1 of a pair, at eight epochs without a gate."""
+    kl = scores(lines, arm, "dose_8", "none", "kl")
+    ratios = [abs(np.log(kl[pair, "0"] / kl[pair, "1"])) for pair, seed in kl if seed == "1" and (pair, "0") in kl]
+    return float(np.exp(np.mean(ratios))) if ratios else 1.0
 
 
 def split_by_pair(lines):
@@ -258,20 +370,22 @@ def split_by_pair(lines):
 
 
 def report(path: Path):
-    """Prints the tables, and writes effects.png and doses.png beside study.jsonl."""
+    """Prints the tables, and writes doses.png and leverage.png, each also for a dark page, beside study.jsonl."""
     lines = read(path)
     print(f"{len(lines)} cells, {sum(line['seconds'] for line in lines.values()) / 3600:.1f} hours of runs")
     print("commit and hardware:", *sorted({f"{x['commit']}, {x['hardware']}" for x in lines.values()}), sep="\n  ")
     toy, other = split_by_pair(lines)
-    for title, part in (("toy pairs", toy), ("another pair", other)):
-        if not part:
-            continue
-        print(f"\n### {title}: the questions (n: pairs; of a single pair, training seeds)\n\n{question_table(part)}")
-        for metric, (name, _, _) in METRICS.items():
-            print(f"\n### {title}: {name}\n\n{gate_table(part, metric)}")
+    for title, questions in QUESTIONS.items():
+        if table := question_table(toy, questions):
+            print(f"\n### {title} (n: pairs)\n\n{table}")
     if any("/dose_" in name for name in toy):
-        for metric in ("kl", "pass@"):
-            print(f"\n### dose-response: {METRICS[metric][0]}\n\n{dose_table(toy, metric)}")
-        draw_doses(toy, path.parent / "doses.png")
-    print(f"\n{noise(toy)}")
-    draw_effects(lines, path.parent / "effects.png")
+        print(f"\n### dose-response, pair 7, seed 0: KL in 0.001 nats per token; pass@8\n\n{single_dose_table(toy)}")
+        print(f"\n### dose-response, change from one epoch (n: pairs)\n\n{dose_table(toy)}")
+        draw(doses_figure, toy, path.parent / "doses")
+    for title, part in (("toy pairs", toy), ("another pair", other)):
+        if any(f"/{reuse}/none/" in name for name in part for reuse in REUSES):
+            for metric, (name, _, _) in METRICS.items():
+                print(f"\n### {title}: {name}\n\n{gate_table(part, metric)}")
+    if any(line.get("leverage") for line in lines.values()):
+        print(f"\n### leverage\n\n{leverage_table(lines)}")
+        draw(leverage_figure, toy, path.parent / "leverage")
