@@ -217,7 +217,7 @@ def first_and_last(cfg) -> dict:
 
 def evaluation_line(step, row) -> str:
     """What an evaluation in the loop prints: shares in percent, KLs in nats."""
-    shares = [f"{name} {percent(x)} %" for name, x in row.items() if re.fullmatch(r"eval/.*(pass|mean)@\d+", name)]
+    shares = [f"{name} {percent(x)}%" for name, x in row.items() if re.fullmatch(r"eval/.*(pass|mean)@\d+", name)]
     kls = [f"{name} {x:.3f}" for name, x in row.items() if name.endswith("/kl")]
     return f"step {step}: " + ", ".join(shares + kls)
 
