@@ -77,6 +77,7 @@ TEXT_TEMPLATES = {
 }
 NUMBER = "number of the row"  # a column that numbered_rows adds
 DATE = datetime.date(2025, 1, 1)  # today to chat templates that name the date: a run must not change at midnight
+TOY_TRAINING, TOY_HELD_OUT = 4096, 256  # problems
 MAX_PROBLEMS = 100_000  # of a training set; all of them are tokenized before the first step
 
 # -----------------------------------------------------------------------------
@@ -100,7 +101,8 @@ def load(name: str, *, seed: int | None = None, limit: int = 0) -> list[Problem]
     """
     is_training = seed is not None
     if name == "toy":
-        pairs = toy.problems(limit or (4096 if is_training else 256), seed if is_training else toy.HELD_OUT)
+        n = limit or (TOY_TRAINING if is_training else TOY_HELD_OUT)
+        pairs = toy.problems(n, seed if is_training else toy.HELD_OUT)
         return [Problem(f"toy-{i}", [{"role": "user", "content": q}], a) for i, (q, a) in enumerate(pairs)]
     base, _ = name_and_split(name)
     is_strict = file_format(base) or not is_training  # only hub training data may lose rows

@@ -82,13 +82,13 @@ def batches(steps: int, drop: float, seed: int):
         yield traces(numbers, drop, rng)
 
 
-def model(hidden: int, heads: int, seed: int, layers: int = 3):
+def model(hidden: int, heads: int, seed: int, layers: int = 3, context: int = 512):
     """A randomly initialised Qwen3 with tied embeddings and two key-value heads of size 32."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(toy.VOCAB), hidden_size=hidden, intermediate_size=3 * hidden,
         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=192, tie_word_embeddings=True, initializer_range=0.05,
+        max_position_embeddings=context, tie_word_embeddings=True, initializer_range=0.05,
         pad_token_id=toy.ID["<pad>"], bos_token_id=toy.ID["<bos>"], eos_token_id=toy.ID["<eos>"],
     )  # fmt: skip
     return Qwen3ForCausalLM(config)
@@ -97,7 +97,7 @@ def model(hidden: int, heads: int, seed: int, layers: int = 3):
 def train(folder, hidden, heads, layers, steps, lr, drop, seed, row=0):
     """Pre-trains one model on one thread and saves it in `folder`. row: the line of its progress bar."""
     torch.set_num_threads(1)
-    lm = model(hidden, heads, seed, layers)
+    lm = model(hidden, heads, seed, layers, context=192)
     optimizer = torch.optim.AdamW(lm.parameters(), lr, (0.9, 0.98), weight_decay=0.01)
     name = f"pre-training the toy {Path(folder).name}"
     bar = tqdm(batches(steps, drop, seed), name, steps, unit="step", position=row, mininterval=1)

@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import data
 import rollout
 import train
 from configs import TrainConfig, parse
 from study.pretrain_toy import model as tiny_model  # noqa: F401  a Qwen3 with random weights
 from support import toy
 
+data.TOY_TRAINING = 128  # encoding 4,096 takes longer than a short run
+train.draw_or_warn = lambda *args: None  # half of the time of a short run; runs in processes of their own draw
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare runs bit by bit, and fork
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real benchmarks and models, which do not come with the repository
@@ -155,7 +158,6 @@ def join(processes):
 
 
 def train_on(argv, setup=lambda: None):
-    train.plot.draw = lambda out: None  # half of the time of a short run
     setup()
     train.main(parse(TrainConfig, argv))
 

@@ -120,6 +120,7 @@ def run_gpu_sh(folder, *flags):
     return done.returncode, done.stdout
 
 
+@pytest.mark.slow
 def test_gpu_sh_runs_at_a_tiny_size():
     code, out = run_gpu_sh(Path(sys.executable).parent, "--tiny")
     assert code == 0 and "FAILED" not in out

@@ -28,11 +28,6 @@ needs_lm_eval = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    monkeypatch.setattr("train.plot.draw", lambda out: None)
-
-
 @needs_lm_eval
 def test_lm_evaluation_harness_gives_our_mean(tmp_path, monkeypatch):
     """At temperature 2 and top-p .9 the toy's teacher is right in four of five responses, at 1.5 in all: both must sample alike."""

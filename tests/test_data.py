@@ -496,9 +496,9 @@ def test_parts_of_a_question_in_other_columns_are_joined(tmp_path):
     "row, message",
     [
         ({"problem": "<image>Area?", "images": ["a.png"]}, "row 1: column images cannot go into a prompt"),
-        ({"problem": "Area?", "decoded_image": {"bytes": "x"}}, "of its column decoded_image"), ({"problem": "Area?", "image_1": "a.png"}, "image_1"),
-        ({"problem": "Why?", "context": {"title": "x"}}, "of its column context"), ({"prompt": "math", "question": "1+1?"}, "of its column question"),
-        ({"problem": "Which?", "options": "a ) 38 , b ) 27"}, "of its column options"), ({"prompt": [{"role": "user", "content": "Which?"}], "choices": ["1", "3"]}, "choices"),
+        ({"problem": "Area?", "decoded_image": {"bytes": "x"}}, "column decoded_image cannot"), ({"problem": "Area?", "image_1": "a.png"}, "image_1"),
+        ({"problem": "Why?", "context": {"title": "x"}}, "column context cannot"), ({"prompt": "math", "question": "1+1?"}, "column question cannot"),
+        ({"problem": "Which?", "options": "a ) 38 , b ) 27"}, "column options cannot"), ({"prompt": [{"role": "user", "content": "Which?"}], "choices": ["1", "3"]}, "choices"),
         (OPTIONS | {"answer": "8"}, "row 1: the answer '8' matches none of the options"), ({"problem": "Which?", "options": [2, 0, 1], "answer": 2}, "'2' matches two of"),
     ],
 )  # fmt: skip

@@ -506,7 +506,9 @@ def test_the_sampler_gets_room_for_the_longest_sequence_only(tmp_path, monkeypat
     monkeypatch.setattr(rollout, "make_sampler", make_sampler)
     cfg = make_config(tmp_path)
     evaluate.run(cfg)
-    longest = max(len(ids) for _, _, ids in evaluate.prepare(cfg, *evaluate.choose_model(cfg.model), torch.device("cpu"))[3])
+    longest = max(
+        len(ids) for _, _, ids in evaluate.prepare(cfg, *evaluate.choose_model(cfg.model), torch.device("cpu"))[3]
+    )
     assert asked == {"max_len": longest + cfg.max_response}
     assert longest + cfg.max_response < 512  # the model's context
 

@@ -17,7 +17,7 @@ from helpers import ROOT, SMALL, flags, join, metrics, refused, run, slow_sampli
 import evaluate
 import train
 from configs import TrainConfig, parse
-from support import checkpoint, files
+from support import files
 
 
 @pytest.mark.parametrize("again", ["overwrite", "resume"])
@@ -143,18 +143,6 @@ def test_a_run_without_a_checkpoint_is_told_what_works(pair, tmp_path):
     with pytest.raises(SystemExit, match="with --resume auto the run starts from the beginning"):
         train.main(parse(TrainConfig, flags(pair, tmp_path, resume="true")))
     train.main(parse(TrainConfig, flags(pair, tmp_path, resume="auto", steps=1)))
-
-
-def test_a_checkpoint_that_cannot_be_deleted_ends_both_ranks(pair, tmp_path):
-    def one_rank(rank):
-        def broken(path):
-            raise OSError("the file is busy")
-
-        checkpoint.delete = broken
-        train.main(parse(TrainConfig, flags(pair, tmp_path / "out", steps=3, save_every=1, keep=1)))
-
-    assert join(start_ranks(one_rank, 2, log=tmp_path / "log")) == 1
-    assert (tmp_path / "log").read_text().count("train.py: the file is busy") == 1
 
 
 def test_the_command_that_resumes_works_from_another_folder(pair, tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def without_code_generation():
 
 
 @needs_compiler
-@pytest.mark.parametrize("is_sharded", [False, True])
+@pytest.mark.parametrize("is_sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_gradients_of_the_plain_ones(pair, tmp_path, is_sharded):
     """In fp32 to 1e-5, and drift of exactly 0 before the first update. Sharded, as on a GPU, without code generation."""
 
@@ -109,6 +109,7 @@ def test_liger_patches_the_models_before_they_load(pair, tmp_path, monkeypatch):
         parse_train(flags(pair, tmp_path / "c", kernels="both"))
 
 
+@pytest.mark.slow
 def test_a_run_with_compiled_layers_is_the_plain_run(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(losses, "FUSED", False)  # put back after the test
     monkeypatch.setattr(torch.nn.Module, "compile", torch.nn.Module.compile)

@@ -12,8 +12,10 @@ import torch
 from helpers import ENV, ROOT, SMALL, evaluations, flags, metrics, refused, run
 
 import evaluate
+import train
 from configs import EvalConfig, parse
 from support import common, plot, report
+from support.errors import draw_or_warn
 from support.metrics import by_position
 
 
@@ -127,6 +129,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(plot, "draw", fail)
+    monkeypatch.setattr(train, "draw_or_warn", draw_or_warn)  # helpers took it out
     monkeypatch.setattr(report, "plot_pass_at_k", fail)
     run(pair, tmp_path / "run", steps=1)
     _, _, after = capsys.readouterr().out.partition("warning: no picture: no space left\n")

@@ -74,7 +74,7 @@ def zoo(tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_zoo_pairs_train_and_evaluate_or_are_refused_with_the_reason(zoo, tmp_path, ranks):
     file = questions(tmp_path / "q.jsonl", 4)
     for folder in sorted(path for path in zoo.iterdir() if path.is_dir()):

@@ -118,6 +118,7 @@ def test_the_update_is_the_references(models, exact):
         assert distance(ours[loss, "block", "rms"], ours[loss, "block", "mean"]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_update_on_two_ranks_is_the_references(models, exact, tmp_path):
     """Sharded with FSDP2, one rank with fewer micro-batches than the other."""
 

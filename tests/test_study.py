@@ -92,6 +92,7 @@ def test_every_cell_of_the_gates_is_a_command_that_parses():
         assert program != "train.py" or vars(args) == vars(parser.parse_args([]))  # no flag that train.py lacks
 
 
+@pytest.mark.slow
 def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_path, capsys):
     small = dict(teacher=pair[0], student=pair[1], prompts=2, group=2, max_response=12, steps=2, eval_problems=4, k=2)
     argv = ["--size", "real", "--seeds", "1", "--out", str(tmp_path)]

@@ -104,7 +104,7 @@ def killed(argv, out, n, longest, ranks=1, seed=0):
     return left
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_run_ends_bit_for_bit_like_one_that_was_not(pair, straight, tmp_path, ranks):
     argv = flags(pair, tmp_path / "a", resume="auto", **OPTIONS)
     if ranks > 1:

@@ -116,6 +116,7 @@ def test_training_is_deterministic_and_its_folder_loads(tmp_path):
         assert torch.equal(x, weights[1][name]) and not torch.equal(x, start[name])
 
 
+@pytest.mark.slow
 def test_a_pair_is_trained_once_and_a_killed_call_leaves_no_half_of_a_model(tmp_path, monkeypatch, capsys):
     recipe = {role: options | {"steps": 2} for role, options in RECIPE.items()}
     monkeypatch.setattr(pretrain_toy, "recipe_of", lambda seed: recipe)

@@ -109,6 +109,7 @@ def test_trace_every_counts_steps_like_sample_every(pair, tmp_path, loss):
     assert [row["step"] for row in traced(tmp_path / "a")] == [1, 4]
 
 
+@pytest.mark.slow
 def test_two_ranks_trace_a_response_of_the_first(pair, tmp_path):
     """With one response in a step, the second rank has empty micro-batches only."""
     for n, options in enumerate((dict(prompts=3, group=2, micro_tokens=70), dict(prompts=1, group=1, minibatches=1))):
