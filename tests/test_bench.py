@@ -192,7 +192,7 @@ def test_the_random_pair_uses_its_whole_vocabulary(sizes):
     assert vocabulary.size == 320
 
 
-@pytest.mark.parametrize("size", ["--teacher, --student", "random Qwen3, V 320, 1,024 tokens"])
+@pytest.mark.parametrize("size", ["--teacher, --student"])
 @pytest.mark.parametrize(
     "system", ["ours", pytest.param("trl", marks=pytest.mark.skipif(not has_trl, reason="no TRL"))]
 )

@@ -14,6 +14,7 @@ import time
 import pytest
 from helpers import ROOT, SMALL, flags, join, metrics, refused, run, slow_sampling, start, start_ranks, steps_of
 
+import data
 import evaluate
 import train
 from configs import TrainConfig, parse
@@ -149,6 +150,7 @@ def test_the_command_that_resumes_works_from_another_folder(pair, tmp_path, monk
     from configs import command_line
 
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(data, "TOY_TRAINING", 4096)  # as the command has, in a process of its own
     out = os.path.relpath(tmp_path / "run")
     cfg = parse(TrainConfig, flags(pair, out, **SMALL | dict(steps=1)))
     train.main(cfg)

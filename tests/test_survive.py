@@ -121,7 +121,7 @@ def slow_sampling():
     rollout.Draw.__call__ = lambda *args: time.sleep(0.1) or draw(*args)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", ["first step", "sampling", "evaluating"])
 def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum, when):
     """A step that samples is given up at once, and so is an evaluation; both come again, the same."""

@@ -224,7 +224,7 @@ def said(folder):
 @pytest.mark.parametrize(
     "options, student",
     [
-        (dict(loss="opd", gate="block"), "untied"), (dict(loss="lsm", gate="block"), "tied"),
+        (dict(loss="lsm", gate="block"), "tied"), pytest.param(dict(loss="opd", gate="block"), "untied", marks=pytest.mark.slow),
         pytest.param(dict(loss="jsd", gate="span"), "biased", marks=pytest.mark.slow),
     ],
     ids=lambda x: "-".join(x.values()) if isinstance(x, dict) else x,

@@ -261,6 +261,7 @@ def rows(out, name="metrics.jsonl"):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+@pytest.mark.slow
 def test_runs_with_vllm_and_with_hf_end_alike(tmp_path):
     """From the same pair and seeds. The two draw different samples, so the ends differ by chance.
 
