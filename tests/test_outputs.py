@@ -9,6 +9,7 @@ from helpers import ROOT, flags, graded_row, questions, rows_of, run, write_json
 
 import data
 import evaluate
+import train
 from configs import EvalConfig, parse
 
 matplotlib.use("Agg")
