@@ -318,9 +318,10 @@ def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_d
             said, _ = job.communicate(timeout=300)
             assert job.returncode == 0, said[-3000:]
             found[name] = [
-                (row["loss"], row["kl_sampled"], row["rollout/checksum"]) for row in rows(tmp_path / loss / name)
+                (row["rollout/checksum"], row["loss"], row["kl_sampled"]) for row in rows(tmp_path / loss / name)
             ]
-        for local, server in zip(*found.values(), strict=True):
+        for (checksum, *local), (servers_checksum, *server) in zip(*found.values(), strict=True):
+            assert servers_checksum == checksum
             assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
     with pytest.raises(OSError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
         flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
