@@ -49,7 +49,7 @@ from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
 from support.ranks import same_on_all_ranks
 from support.statistics import read_rows, summary
-from support.vocabulary import load_tokenizer, pretrained
+from support.vocabulary import decode, load_tokenizer, pretrained
 
 # Flags that change no sample, so that a folder may be used again with another value
 NOT_IN_IDENTITY = "k out overwrite paper regrade compare device threads vllm_memory batch tp".split()
@@ -78,10 +78,7 @@ def text_of(r, tokenizer):
     """
     added = tokenizer.added_tokens_decoder.items()
     special = {i for i, token in added if token.special and token.content.strip() not in ("<think>", "</think>")}
-    # An id in a gap of the vocabulary, which a model may sample, has no token, and some tokenizers cannot decode it.
-    tokens = tokenizer.convert_ids_to_tokens(r.response)
-    known = [i for i, token in zip(r.response, tokens, strict=True) if token is not None]
-    text = tokenizer.decode([i for i in known if i not in special])
+    text = decode(tokenizer, [i for i in r.response if i not in special])
     is_opened = tokenizer.decode(r.prompt[-8:]).rstrip().endswith("<think>")
     return "<think>" + text if is_opened else text
 

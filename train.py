@@ -83,7 +83,7 @@ from support.ranks import data_and_tokenizer, same_on_all_ranks, settings_and_co
 from support.server_teacher import ServerTeacher
 from support.statistics import metrics as evaluation_metrics
 from support.statistics import summary
-from support.vocabulary import Vocabulary, load_tokenizer
+from support.vocabulary import Vocabulary, decode, load_tokenizer
 
 # A sampler this far from the trainer holds other weights: mean |difference| of log-probs on sampled tokens, in nats.
 OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
@@ -347,7 +347,7 @@ def train(run, cfg):
         if cfg.trace_every and (step - 1) % cfg.trace_every == 0:
             run.logger.log(TRACE, trace.trace_row(step, updates, micro_batches, run.tokenizer, cfg))
         if cfg.sample_every and (step - 1) % cfg.sample_every == 0:
-            text = run.tokenizer.decode(rollouts[0].response)
+            text = decode(run.tokenizer, rollouts[0].response)
             print0(f"--- step {step}, a response ({rollouts[0].finish}): {text!r}")
         shown = {name: row[name] for name in ("loss", "kl_sampled", "gate/ess") if name in row}
         run.bar.set_postfix({name: f"{x:.3g}" for name, x in shown.items()}, refresh=False)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from support.common import ROOT
 from support.files import CONFIG, TRACE, read_jsonl
+from support.vocabulary import decode
 
 # The flags that the page shows
 SETTINGS = ("loss", "advantage", "topk", "gate", "block", "span_min", "span_max", "tau", "stat", "lr", "max_response")
@@ -75,8 +76,8 @@ def token_texts(ids, tokenizer) -> list[str]:
     texts = []
     start = end = 0  # texts cover ids[:end]; those from start on are the context of the next one
     for n in range(1, len(ids) + 1):
-        context = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
-        text = tokenizer.decode(ids[start:n], clean_up_tokenization_spaces=False)[len(context) :]
+        context = decode(tokenizer, ids[start:end], clean_up_tokenization_spaces=False)
+        text = decode(tokenizer, ids[start:n], clean_up_tokenization_spaces=False)[len(context) :]
         is_part = text.endswith("\ufffd") and n - end < 4  # UTF-8 characters have at most 4 bytes
         if is_part and n < len(ids):
             texts.append("")

@@ -103,6 +103,12 @@ def newline_ids(tokenizer, size: int) -> set[int]:
     return {i for i, text in zip(ids, texts, strict=True) if "\n" in text}
 
 
+def decode(tokenizer, ids, **options) -> str:
+    """The text of tokens that a model sampled. An id in a gap of the vocabulary has none, and some tokenizers cannot decode it."""
+    tokens = tokenizer.convert_ids_to_tokens(ids)
+    return tokenizer.decode([i for i, token in zip(ids, tokens, strict=True) if token is not None], **options)
+
+
 # -----------------------------------------------------------------------------
 # what ends an answer
 

@@ -50,7 +50,7 @@ import policy
 import rollout
 import train
 from configs import EvalConfig, TrainConfig, parse
-from support import checkpoint, common, toy, vocabulary
+from support import checkpoint, common, toy, trace, vocabulary
 from support.vocabulary import load_tokenizer, stop_ids_of
 
 ZOO = ["bloom", "gpt2", "gemma2_capped", "cohere_scaled"]
@@ -373,6 +373,8 @@ def test_a_tokenizer_that_cannot_decode_a_gap_in_its_ids(tmp_path):
     assert vocabulary.newline_ids(tokenizer, 4) == {1}
     response = rollout.Rollout([0], [0, 2, 3], [0.0] * 3, "stop")
     assert evaluate.text_of(response, tokenizer) == "a b"
+    assert trace.token_texts(response.response, tokenizer) == ["a", "", "b"]  # train.py --trace_every
+    assert vocabulary.decode(tokenizer, response.response) == "a b"  # train.py --sample_every
 
 
 def test_a_checkpoint_of_a_model_with_its_own_code_can_be_evaluated(tmp_path, monkeypatch):
