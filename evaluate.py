@@ -18,13 +18,11 @@ from configs import BENCHMARKS, EvalConfig, parse
 if __name__ == "__main__":
     cfg = parse(EvalConfig)  # before the imports below, which take seconds: --help and a wrong flag answer at once
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import xxhash
 from tqdm import tqdm
 
 import data
@@ -32,6 +30,7 @@ import rollout
 from policy import choose_attention_kernels, context_of
 from support import checkpoint, report, toy
 from support.common import (
+    digest,
     gather,
     hide_progress_bars,
     ignore_output_errors,
@@ -47,7 +46,7 @@ from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in,
 from support.files import append_jsonl, check_is_shared, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
 from support.plot import plot_pass_at_k
-from support.ranks import same_on_all_ranks
+from support.ranks import digest_of_problems, same_on_all_ranks
 from support.statistics import read_rows, summary
 from support.vocabulary import decode, load_tokenizer, pretrained
 
@@ -173,11 +172,7 @@ def files_digest(model, config) -> str | None:
     files = sorted(file for file in Path(model).glob("*") if file.suffix in (".safetensors", ".bin", ".json"))
     if not files:
         return getattr(config, "_commit_hash", None)
-    digests = []
-    for path in files:
-        with path.open("rb") as file:
-            digests.append([path.name, hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()])
-    return data.digest(digests)
+    return digest([[path.name, checkpoint.size_and_digest(path)[1]] for path in files])
 
 
 # -----------------------------------------------------------------------------
@@ -225,7 +220,7 @@ def prepare(cfg, model, label, device):
     for name, path in paths.items():
         problems = data.load(path, limit=cfg.eval_problems)
         encoded = data.encode_all(problems, tokenizer, cfg, vocabulary.size)
-        identity[f"problems of {name}"] = data.digest([[p.id, ids, p.answer] for p, ids in encoded])
+        identity[f"problems of {name}"] = digest_of_problems(encoded)
         prompts += [(name, problem, ids) for problem, ids in encoded]
         n_cut[name] = sum(len(ids) + cfg.max_response > context for _, ids in encoded)
     longest = max(len(ids) for _, _, ids in prompts)

@@ -28,6 +28,7 @@ from configs import may_change
 from support.common import gather, print0, rank, versions, world_size
 from support.errors import on_all_ranks, one_line
 from support.files import CONFIG, FINAL, claim_folder, delete, fsync, remove, write_file
+from support.vocabulary import folder_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -129,9 +130,7 @@ def model_files(path, stop_ids) -> dict[str, bytes]:
 
     path: folder or hub name. They are read before the first step, so that no later save can fail on them.
     """
-    from transformers.utils import cached_file
-
-    folder = Path(cached_file(path, "config.json")).parent  # of a hub model: in the cache, with all that was loaded
+    folder = folder_of(path)
     names = [
         file.name
         for file in folder.iterdir()

@@ -33,9 +33,14 @@ def data_and_tokenizer(train_prompts, held_out, model_files, vocabulary) -> dict
     """model_files: {name: content} of the student's, as checkpoint.model_files returns them."""
     found = {"--data's prompts": train_prompts.digest}
     for name, prompts in held_out.items():
-        found[f"the problems of {name}"] = digest([[problem.id, ids, problem.answer] for problem, ids in prompts])
+        found[f"the problems of {name}"] = digest_of_problems(prompts)
     # Of a hub model's other files, a node's cache may have more or fewer.
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja"):
         found[f"--student's {name}"] = hashlib.blake2b(model_files.get(name, b"")).hexdigest()
     shared = [vocabulary.size, vocabulary.stop_ids, vocabulary.merged, sorted(vocabulary.newline_ids)]
     return found | {"the vocabulary of student and teacher": digest(shared)}
+
+
+def digest_of_problems(prompts) -> str:
+    """prompts: [(Problem, prompt ids)]."""
+    return digest([[problem.id, ids, problem.answer] for problem, ids in prompts])

@@ -59,15 +59,21 @@ def load_tokenizer(paths, *, trust_remote_code=False, merge_stops=False, templat
 def tokenizer_of(path, **options):
     """A model's tokenizer, of transformers' own kind. ValueError if there is only mistral-common's, which has no chat template."""
     from transformers import AutoTokenizer
-    from transformers.utils import cached_file
 
     tokenizer = pretrained(AutoTokenizer, path, mistral_format=False, **options)
-    folder = Path(cached_file(path, "config.json")).parent  # of a hub model: in the cache
+    folder = folder_of(path)
     if (folder / "tekken.json").exists() and not (folder / "tokenizer.json").exists():
         raise ValueError(
             f"{path} has only mistral-common's tokenizer, tekken.json: add a tokenizer.json of transformers to it"
         )
     return tokenizer
+
+
+def folder_of(path) -> Path:
+    """A model's folder; that of a hub name is in the cache, with all that was loaded."""
+    from transformers.utils import cached_file
+
+    return Path(cached_file(path, "config.json")).parent
 
 
 def pretrained(auto_class, path, **options):

@@ -16,9 +16,10 @@ import torch
 from safetensors.torch import load_file
 
 import data
+import evaluate
 import rollout
 import train
-from configs import TrainConfig, parse
+from configs import EvalConfig, TrainConfig, parse
 from study.pretrain_toy import model as tiny_model  # noqa: F401  a Qwen3 with random weights
 from support import toy
 
@@ -39,6 +40,13 @@ def flags(pair, out, **options):
     )  # fmt: skip
     values |= options
     return [x for name, value in values.items() for x in (f"--{name}", str(value))]
+
+
+def evaluate_on_toy(model, out, **options):
+    """evaluate.py --data toy, on one problem if options do not say otherwise."""
+    values = dict(model=model, data="toy", eval_problems=1, out=out) | options
+    argv = [x for name, value in values.items() for x in (f"--{name}", str(value))]
+    evaluate.main(parse(EvalConfig, argv))
 
 
 def parse_train(argv):

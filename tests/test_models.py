@@ -17,6 +17,7 @@ from helpers import (
     ROOT,
     SHARED,
     SMALL,
+    evaluate_on_toy,
     far,
     finished,
     flags,
@@ -175,9 +176,8 @@ def test_weights_that_are_missing_or_unknown_are_refused_by_name(pair, tmp_path,
     save_file(FAULTS[message](load_file(m / "model.safetensors")), m / "model.safetensors", {"format": "pt"})
     for out, teacher, student in (("a", m, pair[1]), ("b", pair[0], m)):
         refused(flags((teacher, student), tmp_path / out), f"{m}: {message}$")
-    options = ["--model", str(m), "--data", "toy", "--eval_problems", "1", "--out", str(tmp_path / "ev")]
     with pytest.raises(SystemExit, match=f"{m}: {message}$"):
-        evaluate.main(parse(EvalConfig, options))
+        evaluate_on_toy(m, tmp_path / "ev")
 
 
 def test_a_file_of_weights_that_was_cut_off_is_named(pair, tmp_path):
@@ -249,8 +249,7 @@ def test_a_pad_token_beyond_the_embedding_needs_none(pair, tmp_path):
     lm = AutoModelForCausalLM.from_pretrained(m)
     assert tokenizer.pad_token_id == lm.config.vocab_size == 42
     run((pair[0], m), tmp_path / "run", steps=1)
-    options = ["--model", str(m), "--data", "toy", "--eval_problems", "2", "--k", "1", "--max_response", "5"]
-    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
+    evaluate_on_toy(m, tmp_path / "ev", eval_problems=2, k=1, max_response=5)
 
 
 def test_a_model_with_mistral_commons_tokenizer_alone_is_refused_by_name(pair, tmp_path, monkeypatch):
@@ -282,9 +281,8 @@ def test_a_package_that_a_model_needs_is_named_in_one_line(pair, tmp_path):
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     refused(flags((tmp_path / "m", pair[1]), tmp_path / "run"), "train.py: .*optimum")
-    options = ["--model", str(tmp_path / "m"), "--data", "toy", "--eval_problems", "1", "--out", str(tmp_path / "ev")]
     with pytest.raises(SystemExit, match="evaluate.py: .*optimum"):
-        evaluate.main(parse(EvalConfig, options))
+        evaluate_on_toy(tmp_path / "m", tmp_path / "ev")
 
 
 def test_the_text_part_of_a_model_that_sees_pictures_is_trained(tmp_path):
@@ -303,19 +301,7 @@ def test_the_text_part_of_a_model_that_sees_pictures_is_trained(tmp_path):
     rows, weights = run(pair, tmp_path / "run", grad_ckpt="true", **SMALL | dict(steps=1))
     run(pair, tmp_path / "run", grad_ckpt="true", **SMALL | dict(steps=2, resume="true"))
     assert rows[0]["kl_sampled"] == pytest.approx(0, abs=1e-5)  # no dropout
-    options = [
-        "--model",
-        tmp_path / "run/step-2",
-        "--data",
-        "toy",
-        "--eval_problems",
-        "1",
-        "--k",
-        "1",
-        "--max_response",
-        "5",
-    ]
-    evaluate.main(parse(EvalConfig, [*map(str, options), "--out", str(tmp_path / "ev")]))
+    evaluate_on_toy(tmp_path / "run/step-2", tmp_path / "ev", k=1, max_response=5)
     cfg = parse(TrainConfig, flags(pair, tmp_path / "b", max_prompt=200, max_response=99))
     paths = {"student": str(tmp_path / "m")}
     with pytest.raises(ValueError, match="context of 256"):
@@ -337,20 +323,8 @@ def test_tokens_beyond_a_gap_in_the_ids_can_be_sampled(tmp_path, monkeypatch):
         raise ValueError("enough")
 
     monkeypatch.setattr(rollout, "make_sampler", make_sampler)
-    options = [
-        "--model",
-        tmp_path / "m",
-        "--data",
-        "toy",
-        "--eval_problems",
-        "1",
-        "--template",
-        "raw",
-        "--out",
-        tmp_path / "ev",
-    ]
     with pytest.raises(SystemExit, match="enough"):
-        evaluate.main(parse(EvalConfig, list(map(str, options))))
+        evaluate_on_toy(tmp_path / "m", tmp_path / "ev", template="raw")
     assert asked == [61]
 
 
@@ -390,20 +364,8 @@ def test_a_checkpoint_of_a_model_with_its_own_code_can_be_evaluated(tmp_path, mo
     argv = flags((source, source), tmp_path / "out", steps=1, trust_remote_code="true")
     assert finished(argv, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()
     assert (tmp_path / "out/step-1/mine.py").exists() and (tmp_path / "out/final/mine.py").exists()
-    options = [
-        "--model",
-        tmp_path / "out/step-1",
-        "--data",
-        "toy",
-        "--eval_problems",
-        "1",
-        "--k",
-        "1",
-        "--max_response",
-        "5",
-    ]
-    options += ["--trust_remote_code", "--out", tmp_path / "ev"]
-    evaluate.main(parse(EvalConfig, list(map(str, options))))
+    options = dict(k=1, max_response=5, trust_remote_code="true")
+    evaluate_on_toy(tmp_path / "out/step-1", tmp_path / "ev", **options)
 
 
 def test_each_models_stop_tokens_are_read_with_its_own_tokenizer(tmp_path):
