@@ -605,7 +605,7 @@ def test_a_large_dataset_loses_its_repeated_rows_once_and_keeps_what_is_left(tmp
     rows = [dapo_row(f"What is {i % 30}?") for i in range(3000)]
     Dataset.from_list(rows).to_parquet(tmp_path / "dapo.parquet")
     small = data.load(str(tmp_path / "dapo.parquet"), seed=0)
-    monkeypatch.setattr(data, "MAX_PROBLEMS", 100)
+    monkeypatch.setattr("support.rows.LARGE", 100)
     assert "2,970 rows that repeat a question" in capsys.readouterr().out
     assert data.load(str(tmp_path / "dapo.parquet"), seed=0) == small and len(small) == 30  # with the same ids
     assert "3,000 rows, of which 2,970 repeat another" in capsys.readouterr().out
