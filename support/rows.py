@@ -5,10 +5,12 @@ question, answer = question_and_answer(row, "gsm8k, row 1")  # ValueError if the
 """
 
 import ast
+import gzip
 import hashlib
 import json
 import re
 import string
+import zlib
 from contextlib import suppress
 from pathlib import Path
 
@@ -68,7 +70,7 @@ def file_format(name):
 
 
 def read_rows(name, is_training) -> list[tuple[int, dict]]:
-    """[(number, row)] of a hub dataset or a file. Numbers are from 1; those of a .jsonl file are its lines'."""
+    """[(number, row)] of a hub dataset or a file. Numbers are from 1; those of JSON lines are the lines'."""
     import datasets
     import pandas
 
@@ -85,8 +87,8 @@ def read_rows(name, is_training) -> list[tuple[int, dict]]:
         return numbered_rows(splits[choose_split(base, list(splits), split or usual_split, is_training)])
     if split or not Path(base).is_file():
         raise ValueError(f"no such file: {name}" + (" (a file has no splits)" if split else ""))
-    if base.lower().endswith(".jsonl"):
-        return read_jsonl_rows(Path(base))
+    if format == "json":
+        return read_json_rows(Path(base))
     try:
         if format == "csv":  # datasets would make numbers of ids and answers: 1 of 01
             rows = pandas.read_csv(name, dtype=str, keep_default_na=False, encoding="utf-8-sig").to_dict("records")
@@ -140,20 +142,38 @@ def numbered_rows(rows) -> list[tuple[int, dict]]:
     return [(row.pop(NUMBER) + 1, row) for row in distinct.to_list()]
 
 
-def read_jsonl_rows(path: Path) -> list[tuple[int, dict]]:
-    """[(line, row)] of a .jsonl file, whose columns may be of several types, which datasets refuses."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a readable jsonl file: line {number}: {one_line(error)}") from error
+def read_json_rows(path: Path) -> list[tuple[int, dict]]:
+    """[(number, row)] of a file that holds a list of objects in JSON, or one object a line; with .gz, compressed.
+
+    datasets refuses columns of several types, and pyarrow ends the process (SIGSEGV) for a file that holds null.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is not a readable gz file: {one_line(error)}") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        if content.lstrip().startswith(b"["):
+            rows = list(enumerate(json.loads(content), 1))
+        else:
+            rows = [
+                (number, read_json_line(number, line))
+                for number, line in enumerate(content.split(b"\n"), 1)
+                if line.strip()
+            ]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a readable json file: {one_line(error)}") from error
+    for number, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}, is {str(row)[:80]!r}; it must be an object")
-        rows.append((number, row))
+            raise ValueError(f"{path}, row {number}, is {str(row)[:80]!r}; it must be an object")
     return rows
+
+
+def read_json_line(number, line):
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
 
 
 # -----------------------------------------------------------------------------
