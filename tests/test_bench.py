@@ -183,6 +183,7 @@ def sizes(pair, tmp_path_factory):
     return {name: job | {"responses": 2, "max_response": 8, "steps": 2} for name, job in sizes.items()}
 
 
+@pytest.mark.slow
 def test_the_random_pair_uses_its_whole_vocabulary(sizes):
     """Ours works on the tokens that the tokenizers know: with the toy's 42 of 151,936 it would have next to nothing to do."""
     job = sizes["random Qwen3, V 320, 4,096 tokens"]
@@ -192,6 +193,7 @@ def test_the_random_pair_uses_its_whole_vocabulary(sizes):
     assert vocabulary.size == 320
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["--teacher, --student"])
 @pytest.mark.parametrize(
     "system", ["ours", pytest.param("trl", marks=pytest.mark.skipif(not has_trl, reason="no TRL"))]
@@ -201,6 +203,7 @@ def test_a_system_takes_steps_in_a_process_of_its_own(sizes, size, system):
     assert result["tokens_per_s"] > 0 and 0.1 < result["peak_gb"] < 10
 
 
+@pytest.mark.slow
 def test_the_first_step_does_not_count_and_memory_is_the_process_peak():
     """Steps of 100, 30 and 10 tokens in 1, 1 and 3 s, in a process that held a gigabyte for a moment."""
     code = """

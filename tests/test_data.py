@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 import torch
-from conftest import toy_vocabulary
 from datasets import Dataset
 from helpers import SHARED, SMALL, chat_tokenizer, flags, questions, refused, run, write_jsonl
+from scenes import toy_vocabulary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 

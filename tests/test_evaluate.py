@@ -23,6 +23,7 @@ from configs import EvalConfig, TrainConfig, parse
 from data import Problem
 from support import grade, report, statistics, toy
 from support.common import seed_for
+from support.errors import draw_or_warn
 from support.grade import Grader
 from support.statistics import read_rows
 from support.vocabulary import Vocabulary
@@ -149,7 +150,12 @@ def fake(monkeypatch):
     return without_model(monkeypatch)
 
 
-def test_the_command_keeps_every_completion_and_its_settings(tmp_path, fake, capsys):
+@pytest.fixture
+def pictures(monkeypatch):
+    monkeypatch.setattr(evaluate, "draw_or_warn", draw_or_warn)  # helpers took it out
+
+
+def test_the_command_keeps_every_completion_and_its_settings(tmp_path, fake, pictures, capsys):
     evaluate.main(make_config(tmp_path, paper=True))
     rows = read_rows(tmp_path / "out")
     assert [(row["problem"], row["sample"]) for row in rows] == [(p.id, i) for p in PROBLEMS for i in range(4)]
@@ -299,7 +305,7 @@ def test_regrading_gives_the_same_verdicts_without_a_model(tmp_path, fake, monke
     assert "0 of 40 verdicts changed" in capsys.readouterr().out
 
 
-def test_compare_reads_folders_files_and_seeds(tmp_path, fake, capsys):
+def test_compare_reads_folders_files_and_seeds(tmp_path, fake, pictures, capsys):
     for seed in range(3):
         evaluate.main(make_config(tmp_path, seed=seed, out=str(tmp_path / f"seed{seed}")))
     arms = [f"base={tmp_path}/seed0/samples.jsonl", f"new={tmp_path}/seed[12]"]
@@ -379,7 +385,7 @@ def run_child(tmp_path, out, kill_after=None):
 
     def child():
         with pytest.MonkeyPatch.context() as patch:
-            without_model(patch).pause = 0.03
+            without_model(patch).pause = 0.06
             evaluate.main(make_config(tmp_path, out=str(tmp_path / out)))
 
     process = multiprocessing.get_context("fork").Process(target=child)

@@ -10,9 +10,9 @@ import textwrap
 import pytest
 import reference
 import torch
-from conftest import toy_vocabulary
 from helpers import ENV, ROOT, flags, join, start_ranks
 from packaging.version import Version
+from scenes import toy_vocabulary
 from test_reference import Recorder, distance, random_model
 from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM

@@ -122,7 +122,7 @@ def test_losses_of_chosen_tokens(memory, name):
     assert 0.9 * bound < most - weight.grad.nbytes - hidden.grad.nbytes < bound + SMALL
 
 
-@pytest.mark.parametrize("n", [1, 1000, 12345, 16383, 2 << 20])
+@pytest.mark.parametrize("n", [1, 1000, 12345, 16383, pytest.param(2 << 20, marks=pytest.mark.slow)])
 def test_chunks_of_the_vocabulary_are_multiples_of_128_columns(memory, n):
     """Except the last. Nearly all of the vocabulary for one position; for 2^21 positions, more than the chunk's 64."""
     hidden, weight = torch.empty(n, 64, dtype=BF16), torch.empty(V, 64, dtype=BF16)
@@ -149,7 +149,7 @@ def test_bench_gpu_compares_them_with_chunks_of_any_width(memory, monkeypatch):
         assert seen[0] == width and sum(seen) == 2 * VOCAB  # forward and backward
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("beta", [0.0, 0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_losses_over_the_whole_vocabulary(memory, beta):
     # Forward: logits of both models, half a chunk each, and three temporaries of that size; four for JSD
     bound = (2 + (4 if beta == 0.5 else 3)) * CHUNK // 2
@@ -214,7 +214,10 @@ def micro_batch():
     )
 
 
-@pytest.mark.parametrize("loss_name", ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", "fkl", "jsd"])
+@pytest.mark.parametrize(
+    "loss_name",
+    ["opd", "lsm", "fkl_topk", "tail_topk", "rkl", *(pytest.param(x, marks=pytest.mark.slow) for x in ("fkl", "jsd"))],
+)
 def test_a_training_pass(memory, loss_name):
     """A forward and backward pass as train.update makes them."""
     cfg = parse(TrainConfig, ["--preset", "qwen3", "--loss", loss_name])

@@ -12,16 +12,28 @@ import sys
 import time
 
 import pytest
-from helpers import ROOT, SMALL, flags, join, metrics, refused, run, slow_sampling, start, start_ranks, steps_of
+from helpers import (
+    ROOT,
+    SMALL,
+    flags,
+    join,
+    metrics,
+    questions,
+    refused,
+    run,
+    slow_sampling,
+    start,
+    start_ranks,
+    steps_of,
+)
 
-import data
 import evaluate
 import train
 from configs import TrainConfig, parse
 from support import files
 
 
-@pytest.mark.parametrize("again", ["overwrite", "resume"])
+@pytest.mark.parametrize("again", ["overwrite", pytest.param("resume", marks=pytest.mark.slow)])
 def test_a_second_run_with_the_same_out_is_refused_and_the_first_goes_on(pair, tmp_path, again):
     out = tmp_path / "run"
     first = start(flags(pair, out, **SMALL | dict(steps=3)), slow_sampling)
@@ -146,13 +158,14 @@ def test_a_run_without_a_checkpoint_is_told_what_works(pair, tmp_path):
     train.main(parse(TrainConfig, flags(pair, tmp_path, resume="auto", steps=1)))
 
 
+@pytest.mark.slow
 def test_the_command_that_resumes_works_from_another_folder(pair, tmp_path, monkeypatch):
     from configs import command_line
 
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(data, "TOY_TRAINING", 4096)  # as the command has, in a process of its own
-    out = os.path.relpath(tmp_path / "run")
-    cfg = parse(TrainConfig, flags(pair, out, **SMALL | dict(steps=1)))
+    out, file = (os.path.relpath(tmp_path / name) for name in ("run", "q.jsonl"))
+    questions(tmp_path / "q.jsonl", 3)
+    cfg = parse(TrainConfig, flags(pair, out, data=file, template="raw", **SMALL | dict(steps=1)))
     train.main(cfg)
     cfg.steps, cfg.resume = 2, "true"
     command = command_line(cfg).replace("&& python", f"&& {sys.executable}")

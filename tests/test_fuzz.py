@@ -19,7 +19,7 @@ import train
 from configs import TrainConfig, parse
 from support import toy
 
-EXAMPLES = int(os.environ.get("EXAMPLES", 40))
+EXAMPLES = int(os.environ.get("EXAMPLES", 20))
 
 # -----------------------------------------------------------------------------
 # finite in, finite out; random flags and files: success or one line

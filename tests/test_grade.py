@@ -334,6 +334,7 @@ BARE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_hostile_answers_are_wrong_within_a_bound_and_the_grader_lives_on(tmp_path, monkeypatch):
     """An answer costs at most its CPU limit, one second of rounding, and a new worker's start."""
     monkeypatch.chdir(tmp_path)
@@ -413,6 +414,7 @@ def test_a_verdict_does_not_depend_on_what_was_graded_before():
         assert [expected[case] for case in shuffled] == two.grade(shuffled)
 
 
+@pytest.mark.slow
 def test_a_thousand_ordinary_answers_grade_in_seconds(grader):
     random.seed(0)
     cases = [(f"\\boxed{{\\frac{{{random.randrange(1, 999)}}}{{{i + 2}}}}}", r"\frac{3}{4}", True) for i in range(1000)]

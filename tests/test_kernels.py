@@ -10,8 +10,8 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ragged_rollouts, toy_vocabulary
 from helpers import far, flags, join, parse_train, run, start_ranks, tiny_model
+from scenes import ragged_rollouts, toy_vocabulary
 
 import data
 import losses

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import types
 
+import pytest
 import torch
 from helpers import ENV, ROOT, SMALL, evaluations, flags, metrics, refused, run
 
@@ -118,6 +119,7 @@ def test_every_number_but_the_step_is_a_curve_the_interval_included(pair, tmp_pa
         assert curves[name] == [(row["step"], row[name]) for row in evaluations(tmp_path / "tensorboard")]
 
 
+@pytest.mark.slow
 def test_a_notebooks_matplotlib_backend_does_not_matter():
     """bmaltais/kohya_ss#2521, deeptools/deepTools#1416: !python train.py in a notebook, from another environment."""
     env = ENV | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
@@ -139,6 +141,7 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch
     assert "samples.jsonl, every completion" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_nothing(pair, tmp_path):
     """pytorch/pytorch#67538: a pipe that was closed, as by | head, or by the end of an SSH session."""
     read_end, write_end = os.pipe()

@@ -5,16 +5,13 @@ ZOO=all python -m pytest tests/test_models.py -k zoo: every architecture of the 
 
 import json
 import os
+import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import toy_vocabulary
 from helpers import (
-    ENV,
-    ROOT,
     SHARED,
     SMALL,
     evaluate_on_toy,
@@ -24,12 +21,14 @@ from helpers import (
     join,
     questions,
     refused,
+    rows_of,
     run,
     start_child,
     start_ranks,
     tiny_model,
 )
 from safetensors.torch import load_file, save_file
+from scenes import toy_vocabulary
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
@@ -65,13 +64,18 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory):
-    """make(name) -> (teacher, student) of ../shared/tools/zoo.py."""
+    """The folder that ../shared/tools/zoo.py has filled: ARCHITECTURE/teacher and ARCHITECTURE/student."""
     script = SHARED / "tools" / "zoo.py"
     if not script.exists():
         pytest.skip(f"the zoo of architectures is not at {script}")
     out = tmp_path_factory.mktemp("zoo")
     names = [] if os.environ.get("ZOO") == "all" else ZOO
-    subprocess.run([sys.executable, str(script), str(out), *names], check=True, capture_output=True)
+
+    def make():
+        sys.argv = [str(script), str(out), *names]
+        runpy.run_path(str(script), run_name="__main__")
+
+    assert join([start_child(make)]) == 0
     return out
 
 
@@ -433,6 +437,10 @@ def test_a_checkpoint_is_evaluated_like_any_model(pair, tmp_path):
     assert far(weights, load_file(tmp_path / "run/final/model.safetensors")) == 0
     assert checkpoint.latest(tmp_path / "run").name == "step-2"
 
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, "evaluate.py", *options, tmp_path / "run" / "step-1", "--out", tmp_path / "two"]
-    subprocess.run(command, cwd=ROOT, env=ENV, check=True, timeout=300, capture_output=True)
+    argv = [*options, str(tmp_path / "run" / "step-2"), "--out", str(tmp_path / "two")]
+    assert join(start_ranks(lambda rank: evaluate.main(parse(EvalConfig, argv)), 2)) == 0
+    one, two = (
+        {(row["problem"], row["sample"]): row for row in rows_of(tmp_path / x, "samples.jsonl")}
+        for x in ("step-2", "two")
+    )
+    assert one == two

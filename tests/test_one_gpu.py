@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import old_logprobs, ragged_rollouts, toy_vocabulary
 from helpers import flags, join, parse_train, start_ranks
+from scenes import old_logprobs, ragged_rollouts, toy_vocabulary
 
 import data
 import policy

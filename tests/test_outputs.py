@@ -30,7 +30,7 @@ def outputs(pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("outputs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(data, "TOY_TRAINING", 4096)  # with these problems, a response of a random student stops
+        patch.setattr(data, "TOY_TRAINING", 256)  # with these problems, a response of a random student stops
         for name, options in RUNS.items():
             if name == "full":  # two held-out sets
                 options = options | dict(eval_data=f"toy,{questions(folder / 'set.jsonl', 3)}")

@@ -27,6 +27,7 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_sample():
             assert found[row, k - 1] == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_about_95_times_in_100():
     """30 problems whose difficulty is skewed like AIME's, 8 samples each: 300 benchmarks drawn, one truth."""
     rng = np.random.default_rng(0)

@@ -310,6 +310,7 @@ rollout.start_engine("path", None)
 """
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_on_one_rank_ends_all_ranks_with_its_message(tmp_path):
     script = tmp_path / "engine.py"
     script.write_text(ENGINE)

@@ -112,6 +112,7 @@ def test_a_killed_study_goes_on_and_a_cell_comes_again_to_the_digit(pair, tmp_pa
     )
 
 
+@pytest.mark.slow
 def test_the_report_has_every_table_and_figure(tmp_path, capsys):
     gates = {g: 0.1 * i for i, g in enumerate(report.GATES)}
     cells = {f"{pair}/{arm}/{reuse}/{gate}/0": 0.5 + x * int(pair) for pair in "789" for arm in report.ARMS for reuse in report.REUSES for gate, x in gates.items()}  # fmt: skip

@@ -16,10 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import (
     ENV,
     ROOT,
@@ -122,7 +124,14 @@ def slow_sampling():
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("when", ["first step", "sampling", "evaluating"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("first step", marks=pytest.mark.slow),
+        "sampling",
+        pytest.param("evaluating", marks=pytest.mark.slow),
+    ],
+)
 def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_path, signum, when):
     """A step that samples is given up at once, and so is an evaluation; both come again, the same."""
     out, log = tmp_path / "a", tmp_path / "log"
@@ -167,7 +176,7 @@ def test_signal_at_one_rank_stops_all(pair, straight, tmp_path):
     assert " && torchrun --nproc_per_node 2 " in log.read_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1)])
+@pytest.mark.parametrize("before, after", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, straight, tmp_path, before, after):
     out = tmp_path / "a"
     if before == 1:
@@ -181,6 +190,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_data_and_seeds(pair, stra
     assert far(weights, one) < 1e-4
 
 
+@pytest.mark.slow
 def test_killed_rank_ends_the_run_with_a_message(pair, tmp_path):
     """torchrun stops the others, and names the rank and the signal."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
@@ -311,28 +321,18 @@ def test_a_save_never_has_more_checkpoints_on_the_disk_than_it_must(pair, tmp_pa
     assert len(list(tmp_path.glob("step-*"))) == keep
 
 
-TURNS = """
-import os, sys, time, torch.distributed as dist
-from support.common import one_rank_at_a_time
-dist.init_process_group("gloo")
-try:
-    with one_rank_at_a_time(), open(sys.argv[1], "a") as file:
-        for word in ("in", "out"):
-            file.write(f"{dist.get_rank()} {word} ")
-            file.flush()
-            time.sleep(0.2)
-        if dist.get_rank() == 0:
-            raise ValueError
-except ValueError:
-    pass
-"""
-
-
 def test_ranks_take_turns_even_if_one_fails(tmp_path):
-    (tmp_path / "turns.py").write_text(TURNS)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, tmp_path / "turns.py", tmp_path / "log"]
-    subprocess.run(command, env=ENV | {"PYTHONPATH": str(ROOT)}, check=True, timeout=60, capture_output=True)
+    def take_a_turn(rank):
+        dist.init_process_group("gloo")
+        with suppress(ValueError), common.one_rank_at_a_time(), (tmp_path / "log").open("a") as file:
+            for word in ("in", "out"):
+                file.write(f"{rank} {word} ")
+                file.flush()
+                time.sleep(0.2)
+            if rank == 0:
+                raise ValueError
+
+    assert join(start_ranks(take_a_turn, 2)) == 0
     assert (tmp_path / "log").read_text() == "0 in 0 out 1 in 1 out "
 
 
@@ -566,7 +566,7 @@ def test_degenerate_rollouts_are_counted_and_train_by_the_rule(pair, tmp_path, m
     assert rows[0]["rollout/empty"] == 1 and far(weights, before) == 0 and "loss" not in rows[0]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGHUP, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_closed_terminal_and_slurms_warning_stop_a_run_as_a_sigterm_does(pair, tmp_path, signum):
     """modelscope/ms-swift#5884, hiyouga/LlamaFactory#3036: torchrun sends its ranks SIGHUP, even under nohup."""
     out, log = tmp_path / "run", tmp_path / "log"

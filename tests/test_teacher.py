@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import toy_vocabulary
 from helpers import far, finished, flags, refused, run
+from scenes import toy_vocabulary
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policy
@@ -245,6 +245,7 @@ def test_a_server_is_compared_with_the_local_copy_of_its_model(pair, server, tmp
     assert [line.startswith("warning: ") for line in lines] == [False, True]
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_stops_the_run_and_the_next_start_goes_on(pair, server, tmp_path, monkeypatch):
     """Nothing is lost: the steps before are saved, though no checkpoint was due."""
     monkeypatch.setattr(server_teacher, "RETRIES", 1)

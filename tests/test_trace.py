@@ -241,6 +241,7 @@ def test_each_block_has_its_drift_and_gate_beside_its_text(page):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_the_controls_of_the_page_work(page):
     start = seen(page)
     assert (start["step"], start["epoch"], start["by"]) == ("1", "3", "gate")
@@ -266,6 +267,7 @@ HOVER = 'document.querySelectorAll(".token")[{}].dispatchEvent(new MouseEvent("m
 
 
 @needs_browser
+@pytest.mark.slow
 def test_numbers_appear_on_hover_and_by_keyboard(page):
     row = traced(page.parent)[0]
     key = (
@@ -291,7 +293,7 @@ def test_numbers_appear_on_hover_and_by_keyboard(page):
 
 
 @needs_browser
-@pytest.mark.parametrize("size", ["500,900", "1100,900"])
+@pytest.mark.parametrize("size", ["500,900", pytest.param("1100,900", marks=pytest.mark.slow)])
 def test_the_numbers_are_below_the_text_and_on_the_screen(page, size):
     """For the last token, too; and moving over the text moves nothing."""
     n = len(traced(page.parent)[0]["text"])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import toy_vocabulary
+from scenes import toy_vocabulary
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from configs import TrainConfig, parse
