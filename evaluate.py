@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 import rollout
-from policy import choose_attention_kernels, context_of
+from policy import choose_attention_kernels
 from support import checkpoint, report, toy
 from support.common import (
     digest,
@@ -45,6 +45,7 @@ from support.common import (
 from support.errors import draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
 from support.files import append_jsonl, check_is_shared, claim_folder, write_file, write_jsonl
 from support.grade import VERSION, Grader
+from support.models import context_of
 from support.plot import plot_pass_at_k
 from support.ranks import digest_of_problems, same_on_all_ranks
 from support.statistics import read_rows, summary

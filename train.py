@@ -54,9 +54,7 @@ from losses import head_kl, head_logits, lsm_loss, opd_loss, tail_loss
 from policy import (
     LocalTeacher,
     Policy,
-    check_positions,
     choose_attention_kernels,
-    context_of,
     full_tensor,
     full_weights,
     load_policy,
@@ -79,6 +77,7 @@ from support.common import (
 )
 from support.errors import abort, draw_or_warn, errors_in_one_line, keep_tracebacks_in, on_all_ranks
 from support.files import EVALUATIONS, METRICS, TRACE, check_is_shared
+from support.models import check_positions, context_of
 from support.ranks import data_and_tokenizer, same_on_all_ranks, settings_and_code
 from support.server_teacher import ServerTeacher
 from support.statistics import metrics as evaluation_metrics

@@ -34,13 +34,13 @@ from policy import (
     compute_dtype,
     decoder_blocks,
     full_weights,
-    patch_with_liger,
     shard,
     teacher_targets,
     token_logprobs,
 )
 from rollout import HFSampler, Rollout, VLLMSampler, sampling_options, vllm_device
 from support.common import init_device, versions
+from support.models import patch_with_liger
 from support.vocabulary import Vocabulary
 
 STUDENT = dict(

@@ -51,6 +51,7 @@ import rollout
 import train
 from configs import EvalConfig, TrainConfig, parse
 from support import checkpoint, common, toy, trace, vocabulary
+from support.models import SMALL_TENSOR, check_head, context_of, load_lm, weights_digest
 from support.vocabulary import load_tokenizer, stop_ids_of
 
 ZOO = ["bloom", "gpt2", "gemma2_capped", "cohere_scaled"]
@@ -145,7 +146,7 @@ def test_gemma2s_cap_is_refused_by_name(tmp_path):
     )  # fmt: skip
     lm = Gemma2ForCausalLM(config)  # of logits so small that the cap does not show
     with pytest.raises(ValueError, match="final_logit_softcapping 30"):
-        policy.check_head(lm, "m")
+        check_head(lm, "m")
 
 
 def test_a_model_of_nan_is_refused_by_name(pair, tmp_path):
@@ -200,24 +201,23 @@ def test_a_tied_head_and_old_buffers_are_no_weights(tmp_path):
         "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
     }
     save_file(weights | masks, tmp_path / "model.safetensors", {"format": "pt"})
-    assert policy.load_lm(tmp_path).num_parameters() > 0
+    assert load_lm(tmp_path).num_parameters() > 0
 
 
 def test_the_digest_of_weights_sees_each_tensor():
-    digest = policy.weights_digest
     lm = tiny_model(32, 2, seed=0)
-    before = digest(lm)
-    assert digest(tiny_model(32, 2, seed=0)) == before != digest(tiny_model(32, 2, seed=0).bfloat16())
+    before = weights_digest(lm)
+    assert weights_digest(tiny_model(32, 2, seed=0)) == before != weights_digest(tiny_model(32, 2, seed=0).bfloat16())
     for name, x in lm.named_parameters():
         x.data.view(-1)[-1] += 1e-3
-        assert digest(lm) != before, name
+        assert weights_digest(lm) != before, name
         x.data.view(-1)[-1] -= 1e-3
-        before = digest(lm)
+        before = weights_digest(lm)
     large = torch.nn.Module()
-    large.x, large.dtype = torch.nn.Parameter(torch.zeros(10 * policy.SMALL)), torch.float32
-    before = digest(large)
+    large.x, large.dtype = torch.nn.Parameter(torch.zeros(10 * SMALL_TENSOR)), torch.float32
+    before = weights_digest(large)
     large.x.data[12345:12600] = 1  # a damaged part of a file
-    assert digest(large) != before
+    assert weights_digest(large) != before
 
 
 ROPE = {"rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 96}
@@ -228,8 +228,8 @@ def test_a_context_that_yarn_extends_is_the_factor_times_the_original_one():
     for written in (96, 384):
         yarn = ROPE | {"rope_type": "yarn"}
         config = Qwen2Config(max_position_embeddings=written, rope_parameters=yarn)
-        assert policy.context_of(config) == 384
-    assert policy.context_of(Qwen2Config(max_position_embeddings=96)) == 96
+        assert context_of(config) == 384
+    assert context_of(Qwen2Config(max_position_embeddings=96)) == 96
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic"])
