@@ -28,6 +28,7 @@ from configs import may_change
 from support.common import gather, print0, rank, versions, world_size
 from support.errors import on_all_ranks, one_line
 from support.files import CONFIG, FINAL, claim_folder, delete, fsync, remove, write_file
+from support.rows import name_and_split
 from support.vocabulary import folder_of
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # we save from one process on purpose
@@ -88,7 +89,8 @@ def check_inputs_outlive(out, cfg):
     """ValueError if --overwrite would delete a model or data that this run is about to read."""
     for flag in ("student", "teacher", "data", "eval_data"):
         for name in getattr(cfg, flag).split(","):
-            if Path(name).exists() and Path(name).resolve().is_relative_to(out.resolve()):
+            path = Path(name_and_split(name)[0])  # a folder of data may have a split after it, FOLDER:SPLIT
+            if path.exists() and path.resolve().is_relative_to(out.resolve()):
                 raise ValueError(f"--overwrite would delete --{flag} {name}: choose another --out")
 
 

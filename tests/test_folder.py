@@ -74,6 +74,12 @@ def test_overwrite_does_not_delete_what_the_run_is_about_to_read(pair, tmp_path)
         with pytest.raises(SystemExit, match=f"--overwrite would delete --{name} .*/a/final: choose another --out"):
             train.main(parse(TrainConfig, flags(second, out, overwrite="true")))
     assert (tmp_path / "a/final/model.safetensors").exists() and steps_of(tmp_path / "a")
+    folder = tmp_path / "a/data"  # of a dataset, with the name of a split after it
+    folder.mkdir()
+    questions(folder / "test.jsonl", 3)
+    with pytest.raises(SystemExit, match="--overwrite would delete --eval_data .*/a/data:test: choose another --out"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path / "a", overwrite="true", eval_data=f"{folder}:test")))
+    assert (folder / "test.jsonl").exists()
     train.main(parse(TrainConfig, flags(second, tmp_path / "b", overwrite="true")))
 
 

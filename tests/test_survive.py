@@ -158,6 +158,22 @@ def test_signal_saves_and_prints_the_command_that_goes_on(pair, straight, tmp_pa
     assert finished(shlex.split(argv) + ["--save_every", "1"]) == 0 and same(out, straight)
 
 
+def test_an_error_saves_the_steps_before_it(pair, tmp_path, monkeypatch):
+    """Of a single process; of several ranks, one alone may have failed, and saving needs all."""
+    sample, calls = rollout.sample_on_all_ranks, []
+
+    def fail_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("the sampler has failed")
+        return sample(*args)
+
+    monkeypatch.setattr(rollout, "sample_on_all_ranks", fail_at_the_third)
+    with pytest.raises(SystemExit, match="the sampler has failed"):
+        train.main(parse(TrainConfig, flags(pair, tmp_path, steps=4, save_every=0)))
+    assert steps_of(tmp_path) == ["step-2"] and len(metrics(tmp_path)) == 2
+
+
 def test_signal_during_the_collective_that_asks_for_it_is_kept(monkeypatch):
     """This rank had nothing to say when the others heard it; it says so the next time."""
     stop = StopSignal()
