@@ -73,11 +73,9 @@ def gate_weights(
 
 @torch.no_grad()
 def drift(logp: Tensor, logp_old: Tensor) -> Tensor:
-    """d = logp - logp_old in nats, fp32. NaN, as of -inf - -inf, becomes 0; other differences are clamped to +-1e4.
-
-    This hides no NaN of the model: what makes a log-prob NaN makes the loss NaN as well, and the training loop notices that.
-    """
-    return (logp.float() - logp_old.float()).nan_to_num(nan=0.0).clamp(-1e4, 1e4)
+    """d = logp - logp_old in nats, fp32, clamped to +-1e4; 0 where both are -inf. NaN stays NaN, for the training loop to notice."""
+    logp, logp_old = logp.float(), logp_old.float()
+    return (logp - logp_old).masked_fill(logp == logp_old, 0.0).clamp(-1e4, 1e4)
 
 
 @torch.no_grad()

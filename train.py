@@ -254,7 +254,8 @@ def main(cfg):
     try:
         train(run, cfg)
     except (Exception, SystemExit) as error:
-        # SystemExit: every rank knows of the error, such as a teacher's server that is gone. Of others only this one does.
+        # SystemExit: every rank knows of the error, such as a teacher's server that is gone, so all can save together. Any other
+        # error may be this rank's alone: the others wait in a collective until torchrun ends them.
         if run.is_whole and (isinstance(error, SystemExit) or world_size() == 1):
             with suppress(Exception, SystemExit):  # of the two errors, the first one is reported
                 save(run, cfg)
@@ -465,7 +466,7 @@ def evaluate_student(run, cfg) -> dict:
     whole distribution, and so no eval/kl.
     """
     sampling, row = rollout.sampling_options(cfg), {}
-    run.sampler.sync(full_weights(run.policy))
+    run.sampler.sync(full_weights(run.policy))  # once: a sampler that sleeps keeps its weights, and wakes to sample
     for name, prompts in run.held_out.items():
         prefix = "eval" if len(run.held_out) == 1 else f"eval/{name}"
         rows = evaluate.evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)

@@ -44,7 +44,7 @@ FILE_FORMATS = {
     ".csv": "csv",
     ".parquet": "parquet",
 }  # also with .gz; names as in datasets
-# What surrounds the question in DAPO-Math-17k's messages. load() takes it off, so that training and evaluation, whose
+# What surrounds the question in DAPO-Math-17k's messages. bare_question() takes it off, so that training and evaluation, whose
 # benchmarks are bare questions, ask in the same way.
 DAPO_BEFORE = (
     "Solve the following math problem step by step. The last line of your response should be of the form Answer: $Answer "
@@ -78,6 +78,8 @@ def read_rows(name, is_training) -> list[tuple[int, dict]]:
     format = file_format(base)
     if not format:
         repository, configuration, usual_split = HUB.get(base, (base, None, ""))
+        if Path(base).is_dir():
+            check_json_files(base)
         try:
             splits = datasets.load_dataset(repository, configuration)
         except Exception as error:  # of many kinds: no such dataset, no network, a script, files with unlike columns
@@ -101,7 +103,7 @@ def read_rows(name, is_training) -> list[tuple[int, dict]]:
     except OSError as error:
         hint = "If that is the cache of datasets, set HF_HOME to a folder that can be written to"
         raise ValueError(f"{name}: {one_line(error)}. {hint}") from error
-    except Exception as error:  # of many kinds, such as StopIteration for an empty file
+    except Exception as error:  # of many kinds, such as DatasetGenerationError for a file without rows
         raise ValueError(f"{name} is not a readable {format} file: {one_line(error.__cause__ or error)}") from error
 
 
@@ -145,7 +147,7 @@ def numbered_rows(rows) -> list[tuple[int, dict]]:
 def read_json_rows(path: Path) -> list[tuple[int, dict]]:
     """[(number, row)] of a file that holds a list of objects in JSON, or one object a line; with .gz, compressed.
 
-    datasets refuses columns of several types, and pyarrow ends the process (SIGSEGV) for a file that holds null.
+    datasets refuses columns of several types, and pyarrow, with which it reads, ends the process (SIGSEGV) for a file that holds null.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix.lower() == ".gz" else path.read_bytes()
@@ -162,17 +164,32 @@ def read_json_rows(path: Path) -> list[tuple[int, dict]]:
                 if line.strip()
             ]
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a readable json file: {one_line(error)}") from error
+        raise ValueError(
+            f"{path} is not a readable JSON file (a list of objects, or one object a line): {one_line(error)}"
+        ) from error
     for number, row in rows:
         if not isinstance(row, dict):
             raise ValueError(f"{path}, row {number}, is {str(row)[:80]!r}; it must be an object")
     return rows
 
 
+def check_json_files(folder):
+    """ValueError if a file of rows in a folder, which datasets is about to read, is one that read_json_rows refuses."""
+    import datasets
+
+    try:
+        files = datasets.load_dataset_builder(folder).config.data_files or {}
+    except Exception:  # of many kinds: load_dataset meets it again, and is where it is reported
+        return
+    for path in [path for paths in files.values() for path in paths]:
+        if file_format(path) == "json":
+            read_json_rows(Path(path))
+
+
 def read_json_line(number, line):
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number}: {error}") from error
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from support.grade import Grader
 
-# A worker's imports take seconds, and toy answers need none. Evaluations in processes of their own do check the grader.
+# A worker's imports take seconds, and toy answers need none. Evaluations in a Python of their own do check the grader.
 Grader.check = lambda self: None
 
 for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):

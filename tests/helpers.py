@@ -24,7 +24,7 @@ from study.pretrain_toy import model as tiny_model  # noqa: F401  a Qwen3 with r
 from support import toy
 
 data.TOY_TRAINING = 128  # encoding 4,096 takes longer than a short run
-# Pictures take half of the time of a short run. Runs in processes of their own do draw.
+# Pictures take half of the time of a short run. Runs in a Python of their own do draw.
 train.draw_or_warn = evaluate.draw_or_warn = lambda *args: None
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # these tests compare runs bit by bit, and fork
 ROOT = Path(__file__).resolve().parent.parent

@@ -193,6 +193,12 @@ def test_the_random_pair_uses_its_whole_vocabulary(sizes):
     assert vocabulary.size == 320
 
 
+def test_ours_takes_steps(pair):
+    job = dict(teacher=pair[0], student=pair[1], responses=2, max_response=8, steps=2, seed=0)
+    steps = bench_step.our_steps(job)
+    assert len(steps) == 2 and all(seconds > 0 and 0 < tokens <= 16 for seconds, tokens in steps)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["--teacher, --student"])
 @pytest.mark.parametrize(

@@ -397,7 +397,9 @@ def test_data_files_of_many_kinds(tmp_path):
 
 def test_a_corrupt_line_is_named_by_its_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "1", "answer": "1"}\n\n{"problem": \n')
-    with pytest.raises(ValueError, match="a.jsonl is not a readable json file: line 3: "):
+    with pytest.raises(
+        ValueError, match="a.jsonl is not a readable JSON file .a list of objects, or one object a line.: line 3: "
+    ):
         data.load(str(tmp_path / "a.jsonl"))
 
 
@@ -407,14 +409,15 @@ def test_a_corrupt_line_is_named_by_its_number(tmp_path):
         ("null", "row 1, is 'None'; it must be an object"),
         ('[NaN, {"problem": "1"}]', "row 1, is 'nan'; it must be an object"),
         ('[{"problem": "1"}, [2]]', r"row 2, is '\[2\]'; it must be an object"),
-        ('[{"problem": "1"}', "is not a readable json file: Expecting"),
+        ('[{"problem": "1"}', "is not a readable JSON file .a list of objects, or one object a line.: Expecting"),
     ],
 )
 def test_json_that_holds_no_rows_is_one_line(tmp_path, content, message):
     """pyarrow ends the process with a segmentation fault for the first two."""
     (tmp_path / "a.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        data.load(str(tmp_path / "a.json"))
+    for name in (tmp_path / "a.json", tmp_path):  # a folder is read by datasets, and so by pyarrow
+        with pytest.raises(ValueError, match=message):
+            data.load(str(name))
 
 
 def test_an_assistants_prefill_is_continued():

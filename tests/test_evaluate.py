@@ -305,7 +305,7 @@ def test_regrading_gives_the_same_verdicts_without_a_model(tmp_path, fake, monke
     assert "0 of 40 verdicts changed" in capsys.readouterr().out
 
 
-def test_compare_reads_folders_files_and_seeds(tmp_path, fake, pictures, capsys):
+def test_compare_reads_folders_files_and_seeds(tmp_path, fake, capsys):
     for seed in range(3):
         evaluate.main(make_config(tmp_path, seed=seed, out=str(tmp_path / f"seed{seed}")))
     arms = [f"base={tmp_path}/seed0/samples.jsonl", f"new={tmp_path}/seed[12]"]

@@ -124,7 +124,7 @@ FILES = st.one_of(
 )
 
 
-@settings(examples, max_examples=max(1, EXAMPLES // 2))
+@settings(examples, max_examples=2 * EXAMPLES)
 @given(FILES, st.sampled_from([".jsonl", ".json", ".parquet"]))
 def test_fuzz_of_data_files_ends_in_problems_or_one_line(content, suffix):
     with tempfile.TemporaryDirectory() as folder:

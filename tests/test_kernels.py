@@ -4,6 +4,7 @@ torch.compile runs on a CPU; Liger's kernels need a GPU, where bench/gpu.py comp
 """
 
 import importlib.util
+import shutil
 import sys
 import types
 
@@ -32,7 +33,7 @@ def pair(tmp_path_factory):
 
 
 needs_compiler = pytest.mark.skipif(
-    not torch._inductor.cpp_builder.is_gcc(), reason="torch.compile needs a C++ compiler, such as g++"
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, such as g++"
 )
 
 

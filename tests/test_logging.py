@@ -2,6 +2,7 @@
 
 import ast
 import importlib.machinery
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,11 @@ import types
 
 import pytest
 import torch
-from helpers import ENV, ROOT, SMALL, evaluations, flags, metrics, refused, run
+from helpers import ENV, ROOT, SMALL, evaluate_on_toy, evaluations, flags, metrics, refused, run
 
 import evaluate
 import train
-from configs import EvalConfig, parse
-from support import common, plot, report
+from support import common, plot
 from support.errors import draw_or_warn
 from support.metrics import by_position
 
@@ -131,14 +131,24 @@ def test_a_picture_that_cannot_be_drawn_ends_nothing(pair, tmp_path, monkeypatch
         raise OSError("no space left")
 
     monkeypatch.setattr(plot, "draw", fail)
-    monkeypatch.setattr(train, "draw_or_warn", draw_or_warn)  # helpers took it out
-    monkeypatch.setattr(report, "plot_pass_at_k", fail)
+    monkeypatch.setattr(evaluate, "plot_pass_at_k", fail)
+    for module in (train, evaluate):
+        monkeypatch.setattr(module, "draw_or_warn", draw_or_warn)  # helpers took it out
     run(pair, tmp_path / "run", steps=1)
     _, _, after = capsys.readouterr().out.partition("warning: no picture: no space left\n")
     assert f"student   {tmp_path}/run/final" in after  # it went on to the table at its end
-    options = ["--model", pair[1], "--data", "toy", "--eval_problems", "2", "--k", "1", "--max_response", "5"]
-    evaluate.main(parse(EvalConfig, [*options, "--out", str(tmp_path / "ev")]))
-    assert "samples.jsonl, every completion" in capsys.readouterr().out
+    evaluate_on_toy(pair[1], tmp_path / "ev", k=1, max_response=5)
+    printed = capsys.readouterr().out
+    assert "warning: no picture: no space left\n" in printed and "samples.jsonl, every completion" in printed
+
+
+def test_a_stream_goes_on_when_nobody_reads_it():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with pytest.raises(BrokenPipeError):
+        os.write(write_end, b"x")
+    stream = common.TolerantStream(io.TextIOWrapper(io.FileIO(write_end, "w"), write_through=True))
+    print("a line", file=stream, flush=True)
 
 
 @pytest.mark.slow

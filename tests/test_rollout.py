@@ -1,22 +1,20 @@
 """python -m pytest tests/test_rollout.py      (the hf sampler and the choice; test_vllm.py has the other)"""
 
 import copy
-import os
 import random
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+import torch.distributed as dist
+from helpers import join, start_ranks
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import rollout
 from rollout import HFSampler, Rollout, choose, make_sampler
 from support import toy
-from support.common import seed_for
+from support.common import init_device, seed_for
 from support.vocabulary import Vocabulary, stop_ids, stop_ids_of
 
 V, STOPS = 32, [1, 2]
@@ -296,28 +294,25 @@ def test_hf_works_on_as_many_tokens_as_fit_the_gpu():
     assert rollout.token_budget(config, 10**12) == rollout.token_budget(config) == 1 << 17
 
 
-ENGINE = """
-import sys, rollout, torch.distributed as dist
-from support.common import init_device
-from types import SimpleNamespace
-init_device(SimpleNamespace(device="cpu", threads=1, seed=0))
-def engine(*_, **__):
-    if dist.get_rank() == 1:
-        raise ValueError("No available memory for the cache blocks")
-    dist.barrier()  # as vLLM's own collectives do, it waits for the rank that failed
-rollout.VLLMSampler = engine
-rollout.start_engine("path", None)
-"""
+def test_an_engine_that_fails_on_one_rank_ends_that_rank_with_its_message(tmp_path):
+    """And torchrun then ends the others, which wait inside vLLM's own collectives."""
 
+    def start_engine(rank):
+        init_device(SimpleNamespace(device="cpu", threads=1, seed=0))
 
-@pytest.mark.slow
-def test_an_engine_that_fails_on_one_rank_ends_all_ranks_with_its_message(tmp_path):
-    script = tmp_path / "engine.py"
-    script.write_text(ENGINE)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*torchrun, script], env=env, capture_output=True, text=True, timeout=60)
-    assert result.returncode and "error: vLLM failed on rank 1: No available memory" in result.stderr
+        def engine(*_, **__):
+            if rank == 1:
+                raise ValueError("No available memory for the cache blocks")
+            dist.barrier()
+
+        rollout.VLLMSampler = engine
+        rollout.start_engine("path", None)
+
+    first, second = start_ranks(start_engine, 2, tmp_path / "log")
+    second.join(60)
+    assert second.exitcode == 1
+    assert "error: vLLM failed on rank 1: No available memory for the cache blocks" in (tmp_path / "log").read_text()
+    join([first])
 
 
 def test_make_sampler_shares_the_trainers_model_or_loads_its_own(tmp_path, model):

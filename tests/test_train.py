@@ -175,7 +175,7 @@ def test_sampler_out_of_step_stops_the_run(pair, tmp_path, monkeypatch):
 
 
 def test_command_line_end_to_end(pair, tmp_path):
-    """The real command: files, metrics, a final model that loads, pictures; then a second start is refused."""
+    """The real commands, train.py and evaluate.py: files, metrics, a final model that loads, pictures."""
     command = [
         sys.executable,
         "train.py",
@@ -211,6 +211,11 @@ def test_command_line_end_to_end(pair, tmp_path):
     assert f"{tmp_path}/run/final" in places
     assert "step/s" in done.stderr and "Loading" not in done.stderr and "Writing" not in done.stderr  # one bar
     refused(command[2:], "already holds a run")
+    options = "--data toy --eval_problems 2 --k 1 --max_response 4 --model".split()
+    command = [sys.executable, "evaluate.py", *options, tmp_path / "run/final", "--out", tmp_path / "evaluation"]
+    done = subprocess.run(command, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "pass@1 %" in done.stdout, done.stderr
+    assert (tmp_path / "evaluation/pass_at_k.png").stat().st_size > 5000
 
 
 RANKS = dict(steps=3, micro_tokens=70, minibatches=2, schedule="constant")
