@@ -282,6 +282,16 @@ def test_extreme_log_probs_give_finite_gates():
     assert drift(new, old).isfinite().all()
 
 
+def test_a_log_prob_of_nan_is_not_hidden():
+    """With a loss on the teacher's top-K tokens, the sampled token's log-prob may be NaN though the loss is not."""
+    nan, one = float("nan"), torch.ones(1)
+    for new, old in ((nan, -1.0), (-1.0, nan), (nan, nan)):
+        assert drift(new * one, old * one).isnan()
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    g, _ = gate(drift(torch.tensor([-1.0, nan, -1.0, -1.0]), -torch.ones(4)), segment_index(mask, "block", block=2))
+    assert g.isnan().tolist() == [True, True, False, False]
+
+
 def test_gates_that_all_underflow_give_weights_of_zero():
     x = torch.zeros(1, 4)
     assert (gate_weights(x + 1, x, x == 0, "block", tau=1e30) == 0).all()

@@ -558,6 +558,21 @@ def test_update_that_is_not_finite_is_skipped_counted_and_named(pair, tmp_path, 
     assert "update skipped, 1 in a row" in (text := capsys.readouterr().out) and "Problems: toy-" in text
 
 
+def test_a_log_prob_of_nan_is_noticed_by_a_loss_that_does_not_depend_on_it(pair, tmp_path, monkeypatch):
+    outputs_of, calls = train.student_outputs, []
+
+    def with_nan(*args):
+        outputs = outputs_of(*args)
+        calls.append(1)
+        if len(calls) == 2:
+            outputs["logp"][0] = math.nan
+        return outputs
+
+    monkeypatch.setattr(train, "student_outputs", with_nan)
+    rows, weights = run(pair, tmp_path / "a", loss="lsm", minibatches=1, micro_tokens=10**6)
+    assert [row["skipped"] for row in rows] == [1, 0] and all(x.isfinite().all() for x in weights.values())
+
+
 def test_run_of_bad_updates_stops_before_it_saves(pair, straight, tmp_path, monkeypatch):
     out = cut_back(straight, tmp_path / "a", 2)
     broken_from(monkeypatch, 1, 99)
