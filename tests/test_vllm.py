@@ -301,7 +301,7 @@ def test_runs_with_vllm_and_with_hf_end_alike(tmp_path):
     assert abs(ends["vllm"]["eval/kl_sampled"] - ends["hf"]["eval/kl_sampled"]) < 0.2
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def served():
     """(process, url) of a vLLM server with the toy's teacher."""
     with socket.socket() as s:
@@ -326,26 +326,32 @@ def served():
         os.killpg(process.pid, signal.SIGKILL)
 
 
-def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses_until_it_dies(tmp_path, served):
-    """Then the run ends within a minute, in one line, with all of its steps saved."""
-    process, url = served
-    small = dict(prompts=2, group=2, eval_every=0, save_every=0, rollout="hf")
-    for loss in ("opd", "lsm"):
-        found, teachers = {}, {"local": {}, "server": {"teacher_url": url}}
-        jobs = {name: train(tmp_path / loss / name, loss=loss, steps=3, **small | teachers[name]) for name in teachers}
-        for name, job in jobs.items():
-            said, _ = job.communicate(timeout=300)
-            assert job.returncode == 0, said[-3000:]
-            found[name] = [
-                (row["rollout/checksum"], row["loss"], row["kl_sampled"]) for row in rows(tmp_path / loss / name)
-            ]
-        for (checksum, *local), (servers_checksum, *server) in zip(*found.values(), strict=True):
-            assert servers_checksum == checksum
-            assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
+SHORT = dict(prompts=2, group=2, eval_every=0, save_every=0, rollout="hf")
+
+
+@pytest.mark.parametrize("loss", ["lsm", pytest.param("opd", marks=pytest.mark.slow)])
+def test_a_vllm_server_as_the_teacher_gives_the_local_teachers_losses(tmp_path, served, loss):
+    found, teachers = {}, {"local": {}, "server": {"teacher_url": served[1]}}
+    jobs = {name: train(tmp_path / name, loss=loss, steps=3, **SHORT | teachers[name]) for name in teachers}
+    for name, job in jobs.items():
+        said, _ = job.communicate(timeout=300)
+        assert job.returncode == 0, said[-3000:]
+        found[name] = [(row["rollout/checksum"], row["loss"], row["kl_sampled"]) for row in rows(tmp_path / name)]
+    for (checksum, *local), (servers_checksum, *server) in zip(*found.values(), strict=True):
+        assert servers_checksum == checksum
+        assert server == pytest.approx(local, rel=1e-3, abs=1e-4), found
+
+
+def test_a_vllm_server_that_gives_fewer_log_probs_than_topk_is_refused(served):
+    flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
     with pytest.raises(OSError, match="prompt logprobs of 17, which is greater than max allowed: 16"):
-        flags = ["--preset", "tiny", "--loss", "lsm", "--topk", "17"]
-        ServerTeacher(url, parse(TrainConfig, flags), toy.tokenizer(), toy_vocabulary())
-    job = train(tmp_path / "dies", loss="lsm", steps=500, **small, teacher_url=url)
+        ServerTeacher(served[1], parse(TrainConfig, flags), toy.tokenizer(), toy_vocabulary())
+
+
+def test_a_vllm_server_that_dies_ends_the_run_within_a_minute(tmp_path, served):
+    """In one line, with all of its steps saved. The last test with this server."""
+    process, url = served
+    job = train(tmp_path / "dies", loss="opd", steps=500, **SHORT, teacher_url=url)
     while len(rows(tmp_path / "dies")) < 2:
         assert job.poll() is None
         time.sleep(0.1)
