@@ -281,7 +281,8 @@ def finish(cfg, rows, out, label, identity):
     """Writes and prints what the rows say."""
     entries = summary([rows], cfg.k)
     records = [{"benchmark": benchmark} | entry for benchmark, entry in entries.items()]
-    n_cut = identity.get("cut by context")
+    # A short context matters if it, or --max_response, has cut a response off.
+    n_cut = identity["cut by context"] if any(entry["truncated"] for entry in entries.values()) else None
     identity = identity | {"grader": "{} with math-verify {math-verify}, sympy {sympy}".format(VERSION, **versions())}
     results = {"config": asdict(cfg), "identity": identity, "versions": versions(), "metrics": records}
     write_file(out / "results.json", json.dumps(results, indent=1) + "\n")
