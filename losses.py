@@ -43,7 +43,9 @@ CPU_TOPK_CHUNK, CUDA_TOPK_CHUNK = 1 << 24, 1 << 27  # head_topk
 # head_kl holds up to four tensors of this size at once, so it divides a `chunk` that the caller names by 4
 CPU_KL_CHUNK, CUDA_KL_CHUNK = 1 << 24, 1 << 26
 CPU_KL_BACKWARD_CHUNK, CUDA_KL_BACKWARD_CHUNK = 1 << 20, 1 << 25
-CPU_KL_CACHED = 1 << 20  # head_kl, forward on a CPU: what the divergence itself is computed on at a time
+CPU_KL_CACHED = (
+    1 << 20
+)  # elements of a piece of it that fits the cache: forward on a CPU, the divergence is computed on these
 CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
 FUSED = False  # on CUDA, compile the elementwise passes over a chunk into one kernel (bench/gpu.py compares)
 
@@ -134,7 +136,7 @@ def head_logits(hidden, weight, bias, ids, *, temperature=1.0, vocab=None, merge
     """(z [N, K], lse [N]): logits / temperature at ids [N, K], and the logsumexp of all logits / temperature, with gradient.
 
     want_lse=False skips the pass over the vocabulary, and lse is None. Each id in `merged` gets the outcome's z: two of them in
-    one softmax would count the outcome twice. head_topk returns at most one, unless K is nearly the whole vocabulary.
+    one softmax would count the outcome twice. head_topk returns at most one (_merge_), unless K is nearly the whole vocabulary.
 
     FLOPs                                              forward       backward
         z alone (want_lse=False)                       2 N H K       4 N H K

@@ -224,7 +224,10 @@ def whole_head(policy):
 
 
 def full_weights(policy):
-    """Yields (name, full tensor) of the state dict, one at a time, tied weights once. Every rank must iterate over all of it."""
+    """Yields (name, full tensor) of the state dict, one at a time, tied weights once. Every rank must iterate over all of it.
+
+    state_dict() gives the fp32 shards, the root's too: FSDP2 reshards what a forward pass has gathered.
+    """
     tied = policy.lm.all_tied_weights_keys  # {copy: source}, such as the head, whose source is the embedding
     for name, weight in policy.lm.state_dict().items():
         if name not in tied:

@@ -99,7 +99,7 @@ OUT_OF_STEP = {"cpu": 1e-3, "cuda": 0.1}  # fp32; bf16
 #   logp_old [N]         log pi_old(y_t) of the student before the first update on these rollouts; student_outputs sets it
 #   teacher              what the teacher says, at cfg.temperature like logp_old; in host memory, to leave the GPU's to the update:
 #                          "logq_sampled" [N]: log q(y_t)
-#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (K = 1 for losses that do not use them)
+#                          "topk_ids", "topk_logq" [N, K]: its most likely tokens (for losses without use for them, one)
 #                          "hidden" [N, H_t]: its hidden states, for full-vocabulary losses only
 #
 # To add a loss, put its name into TrainConfig.loss in configs.py. What else depends on what it needs of the teacher:
@@ -113,7 +113,8 @@ def student_outputs(policy, batch, cfg, teacher_head=None) -> dict:
 
     "logp" [N]: log pi(y_t), for every loss, because the gate reads it. The first pass over a batch also sets its logp_old
     "z" [N, K], "lse" [N]: logits of the teacher's top-K tokens, and the logsumexp of all logits, for the top-K losses
-    "kl" [N]: the divergence itself, for full-vocabulary losses. teacher_head: (weight, bias), for these only
+    "kl" [N]: the divergence itself, for full-vocabulary losses. teacher_head: (weight, bias), for these only. Their logp and the
+        lse that it comes from have no gradient
     """
     hidden = policy(batch)  # [N, H]
     options = policy.vocabulary.head_options(cfg.temperature)
@@ -471,7 +472,7 @@ def evaluate_student(run, cfg) -> dict:
         prefix = "eval" if len(run.held_out) == 1 else f"eval/{name}"
         rows = evaluate.evaluate(run.sampler, run.tokenizer, prompts, k=cfg.k, seed=cfg.seed, **sampling)
         row |= {f"{prefix}/{key}": x for key, x in evaluation_metrics(rows, cfg.k).items()}
-        curve = summary([rows], cfg.k)[""]  # of the one benchmark, which evaluate() gives no name
+        curve = summary([rows], cfg.k)[""]  # it groups rows by benchmark; these have no name for theirs
         row[f"{prefix}/pass@{cfg.k}_low"] = float(curve["low"][cfg.k - 1])  # of the 95 % interval over problems
         row[f"{prefix}/pass@{cfg.k}_high"] = float(curve["high"][cfg.k - 1])
         jobs = [(ids, seed_for("kl", cfg.seed, i)) for i, (_, ids) in enumerate(prompts[:64])]
