@@ -99,3 +99,10 @@ def test_the_python_of_the_readme_runs(run_blocks):
 def test_blocks_are_told_from_formulas_and_commands():
     text = "a\n\n```python\nx = 1\n```\n\n    g = exp(-tau |s|)   the gate\n\n    pip install x\n\n    from a import b\n\n    metrics.jsonl\n"
     assert python_blocks(text) == ["x = 1\n", "from a import b\n"]
+
+
+def test_every_test_that_the_docs_name_exists():
+    named = {name for page in (ROOT / "docs").glob("*.md") for name in re.findall(r"`(test_\w+)`", page.read_text())}
+    files = [*(ROOT / "tests").glob("test_*.py"), *ROOT.glob("test_*.py")]
+    defined = {name for file in files for name in re.findall(r"(?m)^def (test_\w+)", file.read_text())}
+    assert len(named) > 50 and named <= defined, named - defined
