@@ -215,15 +215,23 @@ def shuffled(n: int, seed: str) -> list[int]:
     return order
 
 
+def named_sets(names: str) -> dict[str, str]:
+    """{what columns and tables call it: dataset or file} of a comma-separated list. ValueError if two are called the same."""
+    found = {Path(name).stem: name for name in names.split(",") if name}
+    if len(found) < len(names.split(",")):
+        raise ValueError(f"{names}: two sets have the same name, or one has none")
+    return found
+
+
 def load_problems(cfg, tokenizer, vocab):
     """(TrainingPrompts, {name: [(held-out problem, prompt ids)]}). ValueError if a held-out prompt is over --max_prompt."""
     names = cfg.eval_data
     if names == "auto":
         names = "toy" if cfg.data == "toy" else ""
-    names = names.split(",") if names and cfg.eval_every else []
+    sets = named_sets(names) if names and cfg.eval_every else {}
     with one_rank_at_a_time():  # the first one on each node reads the files, and the others what datasets has cached
         problems = load(cfg.data, seed=cfg.seed)
-        held_out = {name: load(name, limit=cfg.eval_problems) for name in names}
+        held_out = {name: load(path, limit=cfg.eval_problems) for name, path in sets.items()}
     train = TrainingPrompts(encode_all(problems, tokenizer, cfg, vocab), cfg.max_prompt, cfg.seed)
     held_out = {name: encode_all(problems, tokenizer, cfg, vocab) for name, problems in held_out.items()}
     trained_on = {same_words(problem) for problem, _ in train.prompts}

@@ -213,9 +213,7 @@ def prepare(cfg, model, label, device):
     tokenizer, vocabulary = load_tokenizer({"student": model}, **options)
     config = pretrained(AutoConfig, model, trust_remote_code=cfg.trust_remote_code)
     names = cfg.data or ("toy" if tokenizer.get_vocab() == toy.ID else BENCHMARKS)
-    paths = {Path(name).stem: name for name in names.split(",")}
-    if len(paths) < len(names.split(",")):
-        raise ValueError(f"--data {names}: two sets have the same name")
+    paths = data.named_sets(names)
     prompts, identity, n_cut = [], {"format": FORMAT}, {}
     context = context_of(config) or 1 << 30
     for name, path in paths.items():

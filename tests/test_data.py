@@ -395,6 +395,13 @@ def test_data_files_of_many_kinds(tmp_path):
         assert [(p.prompt, p.answer) for p in problems] == [("é1", "1"), ("2", "2")], name
 
 
+def test_sets_are_called_what_their_files_are():
+    assert data.named_sets("aime24,/a/b/c.jsonl") == {"aime24": "aime24", "c": "/a/b/c.jsonl"}
+    for names in ("a/x.csv,b/x.jsonl", "aime24,,toy"):
+        with pytest.raises(ValueError, match="two sets have the same name, or one has none"):
+            data.named_sets(names)
+
+
 def test_a_corrupt_line_is_named_by_its_number(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"problem": "1", "answer": "1"}\n\n{"problem": \n')
     with pytest.raises(
@@ -613,7 +620,7 @@ def test_held_out_problems_that_are_training_problems_are_counted_in_a_warning(t
     options = ["--preset", "tiny", "--max_prompt", "200", "--data", str(train), "--eval_data", f"toy,{other}"]
     data.load_problems(parse(TrainConfig, options), toy.tokenizer(), 42)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert warnings == [f"warning: 2 of the 6 held-out problems of {other} are also training problems"]
+    assert warnings == ["warning: 2 of the 6 held-out problems of b are also training problems"]
 
 
 def test_a_large_dataset_loses_its_repeated_rows_once_and_keeps_what_is_left(tmp_path, monkeypatch, capsys):
