@@ -268,6 +268,7 @@ def test_a_row_that_the_disk_takes_a_part_of_is_an_error(tmp_path):
 WRITE = r"import sys, pathlib; from support.files import write_file; write_file(pathlib.Path(sys.argv[1]), '\u2264')"
 
 
+@pytest.mark.slow
 def test_files_do_not_depend_on_the_locale(tmp_path):
     """huggingface/huggingface_hub#4810: the model card quotes a prompt; the locale of a job may be ASCII or Latin-1."""
     env = ENV | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -226,6 +226,7 @@ def test_the_page_shows_the_response_and_its_gates(page):
 
 
 @needs_browser
+@pytest.mark.slow
 def test_each_block_has_its_drift_and_gate_beside_its_text(page):
     row = traced(page.parent)[0]
     epoch = row["epochs"][2]
