@@ -146,5 +146,5 @@ def test_the_update_on_two_ranks_is_the_references(models, combinations, exact, 
 
     assert join(start_ranks(one_rank, 2)) == 0
     ours = torch.load(tmp_path / "gradients.pt")
-    off = {c: distance(ours[c], exact[c]) for c in COMBINATIONS}
+    off = {c: distance(ours[c], exact[c]) for c in combinations}
     assert {c: x for c, x in off.items() if not x < 1e-5} == {}
