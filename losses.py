@@ -43,9 +43,8 @@ CPU_TOPK_CHUNK, CUDA_TOPK_CHUNK = 1 << 24, 1 << 27  # head_topk
 # head_kl holds up to four tensors of this size at once, so it divides a `chunk` that the caller names by 4
 CPU_KL_CHUNK, CUDA_KL_CHUNK = 1 << 24, 1 << 26
 CPU_KL_BACKWARD_CHUNK, CUDA_KL_BACKWARD_CHUNK = 1 << 20, 1 << 25
-CPU_KL_CACHED = (
-    1 << 20
-)  # elements of a piece of it that fits the cache: forward on a CPU, the divergence is computed on these
+# Elements that fit the cache: forward on a CPU, head_kl computes the divergence on so many at a time
+CPU_KL_CACHED = 1 << 20
 CUDA_COLUMNS = 128  # on CUDA, chunks of the vocabulary are multiples of this
 FUSED = False  # on CUDA, compile the elementwise passes over a chunk into one kernel (bench/gpu.py compares)
 
